@@ -1,0 +1,637 @@
+"""A run on disk: config, command line, seeds, lock, exact resume, checked checkpoints, log, provenance.
+
+runs/<paper>/<experiment>/seed<k>/ holds config.yaml, log.csv (one row per epoch), samples/, checkpoint.pt and, after evaluation,
+eval.json and figures/. The checkpoint is the one truth about how far a run has come; the log is written anew from it.
+"""
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import difflib
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE_EPOCHS = {1, 2, 5, 10, 20, 50, 100, 200, 300, 400, 500, 1000}  # a grid of samples after these, and after the last
+
+
+class UserError(Exception):
+    """A mistake in usage, configuration or data: one line, exit code 2."""
+
+
+class RunFailed(Exception):
+    """A run that went wrong while it ran: one line, exit code 1."""
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM, after the checkpoint was saved. code: 130 or 143."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+def exit_with(main: Callable[[], None]) -> typing.NoReturn:
+    """Call `main` and leave with the exit code and the one line that its outcome deserves."""
+    try:
+        main()
+        code, line = 0, None
+    except UserError as error:
+        code, line = 2, f"error: {error}"
+    except RunFailed as error:
+        code, line = 1, f"failed: {error}"
+    except Stopped as stop:
+        code, line = stop.code, str(stop)
+    except KeyboardInterrupt:
+        code, line = 130, "interrupted"
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code, line = 141, None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        code, line = 1, f"failed: {error.filename or 'a file'}: {error.strerror}; what was saved before is intact"
+    if line:
+        print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------------------------------------------------- randomness
+
+
+def generator(seed: int, *stream: object, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator of its own for one purpose, e.g. generator(seed, "order", epoch): nothing to save, nothing to replay."""
+    digest = hashlib.sha256(repr((seed, *stream)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number in a config may be; stands in the type, as in Annotated[int, Range(1)]."""
+
+    low: float
+    high: float = float("inf")
+    open_low: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (value > self.low if self.open_low else value >= self.low) and value <= self.high
+
+    def __str__(self) -> str:
+        low = f"> {self.low:g}" if self.open_low else f">= {self.low:g}"
+        return low if self.high == float("inf") else f"{low} and <= {self.high:g}"
+
+
+Count = typing.Annotated[int, Range(1)]
+Positive = typing.Annotated[float, Range(0, open_low=True)]
+NonNegative = typing.Annotated[float, Range(0)]
+
+
+def check_value(name: str, value: object, annotation: object) -> object:
+    """`value` as the type `annotation` asks for (int, float, bool, str, Literal, each Annotated with a Range, or X | None).
+
+    Raises UserError naming what is allowed.
+    """
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    allowed = None
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation, allowed = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        if isinstance(value, str) and value in typing.get_args(annotation):
+            return value
+        raise UserError(f"{name}: {value!r} is not one of {', '.join(typing.get_args(annotation))}")
+    if annotation is float and type(value) is int:
+        value = float(value)
+    if type(value) is not annotation:
+        hint = " (write 3.0e-4, not 3e-4: YAML reads the latter as text)" if annotation is float and isinstance(value, str) else ""
+        raise UserError(f"{name}: expected {annotation.__name__}, found {value!r}{hint}")
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        raise UserError(f"{name}: {value} is not a finite number")
+    if allowed is not None and value not in allowed:
+        raise UserError(f"{name}: {value!r} is out of range; allowed: {allowed}")
+    return value
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """'; did you mean …?' for the closest of `known`, or the list of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+def make_config(cls: type, values: dict, where: str) -> typing.Any:
+    """The frozen dataclass `cls` from a flat mapping, every key and value checked. where: the file, for the message."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for key in values:
+        if key not in hints:
+            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), hints)}")
+    try:
+        return cls(**{key: check_value(key, value, hints[key]) for key, value in values.items()})
+    except (UserError, ValueError) as error:  # a ValueError is the Config's own, on fields that do not fit together
+        raise UserError(f"{where}: {error}") from None
+
+
+def read_yaml(path: Path) -> dict:
+    """A flat YAML mapping, loaded safely. Raises UserError where it is missing, malformed or not a mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:150]})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of keys to values, found {type(values).__name__}")
+    return values
+
+
+def experiments(paper: str) -> list[str]:
+    """The names of a paper's experiments: its configs/*.yaml."""
+    return sorted(path.stem for path in (ROOT / paper / "configs").glob("*.yaml"))
+
+
+def experiment_config(paper: str, cls: type, experiment: str, overrides: dict | None = None) -> typing.Any:
+    """The config of an experiment, with overrides from the command line."""
+    known = experiments(paper)
+    if experiment not in known:
+        raise UserError(f"unknown experiment {experiment!r}{nearest(experiment, known)} (the experiments: {', '.join(known)})")
+    path = ROOT / paper / "configs" / f"{experiment}.yaml"
+    config = make_config(cls, read_yaml(path), str(path.relative_to(ROOT)))
+    return make_config(cls, {**dataclasses.asdict(config), **(overrides or {})}, "command line")
+
+
+def config_hash(config: typing.Any) -> str:
+    """12 hex digits over the fields that differ from their defaults, so that a new switch does not disown old runs.
+
+    The number of epochs is left out: it may grow, and a result states it by itself.
+    """
+    differing = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name != "epochs" and getattr(config, field.name) != field.default
+    }
+    return hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how a run is made: provenance, not configuration."""
+
+    experiment: str
+    seed: int
+    data: Path
+    runs: Path
+    device: str
+    precision: str
+    threads: int
+    deterministic: bool
+    unofficial_data: bool
+    save_every: float
+    describe: bool
+    json: bool
+
+    def folder(self, paper: str) -> Path:
+        return self.runs / paper / self.experiment / f"seed{self.seed}"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one line and the nearest valid name."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+    def parse_all(self, argv: list[str] | None) -> argparse.Namespace:
+        argv = sys.argv[1:] if argv is None else argv
+        # --grad_clip_norm is --grad-clip-norm: both the YAML key and the usual spelling are right.
+        argv = [a.replace("_", "-", a.partition("=")[0].count("_")) if a.startswith("--") else a for a in argv]
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            hint = nearest(unknown[0].split("=")[0], flags) if unknown[0].startswith("-") else ""
+            raise UserError(f"unknown argument {unknown[0]!r}{hint}")
+        return namespace
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="fixes everything that is random")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder that holds MNIST/, FashionMNIST/ …")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder under which runs are kept")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, on CPU and GPU")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    parser.add_argument("--deterministic", action="store_true", help="bit-identical repeats on a GPU too, slower")
+    parser.add_argument("--save-every", type=float, default=60.0, help="seconds between checkpoints")
+    parser.add_argument("--unofficial-data", action="store_true", help="read data whose digest is not the official one")
+
+
+def parse(paper: str, cls: type, argv: list[str] | None = None) -> tuple[typing.Any, Options]:
+    """The command line of `python -m <paper>.train`: config and options. Every field of the config `cls` is a flag."""
+    parser = Parser(prog=f"python -m {paper}.train")
+    parser.add_argument("experiment", help=f"one of: {', '.join(experiments(paper))}")
+    add_run_options(parser)
+    parser.add_argument("--describe", action="store_true", help="print what would be trained, and stop")
+    parser.add_argument("--json", action="store_true", help="with --describe: for programs")
+    fields = parser.add_argument_group("fields of the config; default: the experiment's")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for name in hints:
+        fields.add_argument(f"--{name.replace('_', '-')}", dest=f"field_{name}", default=argparse.SUPPRESS, metavar="VALUE")
+    namespace = vars(parser.parse_all(argv))
+    overrides = {}
+    for name in hints:
+        if f"field_{name}" in namespace:
+            overrides[name] = parse_flag(name, namespace.pop(f"field_{name}"), hints[name])
+    options = Options(**namespace)
+    if options.seed < 0 or options.seed >= 2**63:
+        raise UserError(f"--seed: {options.seed} is out of range; allowed: 0 … 2^63 - 1")
+    if options.threads < 0:
+        raise UserError(f"--threads: {options.threads} is out of range; allowed: >= 0")
+    return experiment_config(paper, cls, options.experiment, overrides), options
+
+
+def parse_flag(name: str, text: str, annotation: object) -> object:
+    """The text of a flag as the value its field wants."""
+    flag = f"--{name.replace('_', '-')}"
+    plain = annotation
+    if typing.get_origin(plain) in (typing.Union, types.UnionType):
+        if text.lower() in ("none", "null"):
+            return None
+        plain = next(a for a in typing.get_args(plain) if a is not type(None))
+    if typing.get_origin(plain) is typing.Annotated:
+        plain = typing.get_args(plain)[0]
+    value: object = text
+    try:
+        if plain is bool:
+            value = {"true": True, "false": False}[text.lower()]
+        elif plain in (int, float):
+            value = plain(text)
+    except (KeyError, ValueError):
+        raise UserError(f"{flag}: expected {'true or false' if plain is bool else plain.__name__}, found {text!r}") from None
+    return check_value(flag, value, annotation)
+
+
+# --------------------------------------------------------------------------------------------------- machine, provenance
+
+
+def set_up(options: Options) -> torch.device:
+    """Threads, device and the published arithmetic (fp32, TF32 off). Raises UserError where the device is not there."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        device = torch.device(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError:
+        raise UserError(f"--device: {options.device!r} is not one of auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: {options.device!r} is not one of auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device: {options.device} asked for, but this machine has {torch.cuda.device_count()} CUDA devices. Use --device cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return device
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """The commit of this repository and whether tracked or new files differ from it; (None, None) outside a checkout."""
+    try:
+        git = lambda *a: subprocess.run(["git", *a], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout  # noqa: E731
+        if Path(git("rev-parse", "--show-toplevel").strip()).resolve() != ROOT:
+            return None, None
+        return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain").strip())
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def session(options: Options, device: torch.device) -> dict:
+    """Who trains, with what, from now on. A run that was resumed has several."""
+    commit, dirty = git_state()
+    return {
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- files, safely
+
+
+@contextmanager
+def atomic(path: Path, mode: str = "w") -> Iterator[typing.IO]:
+    """Write a file whole or not at all: a temporary file in the same folder, fsynced, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """A rename survives a power cut only once its folder has been synced."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: object) -> None:
+    with atomic(path) as file:
+        json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """`torch.save`, whole or not at all, with a checksum; the file it replaces becomes <name>.previous.pt."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    # The SHA-256 stands in the zip file's own comment field, so that plain torch.load still opens the file.
+    payload = buffer.getvalue()[:-2] + (64).to_bytes(2, "little")
+    with atomic(path, "wb") as file:
+        file.write(payload)
+        file.write(hashlib.sha256(payload).hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
+        if path.exists():  # only now, with the new one safe on disk; between the two renames the previous one is there
+            os.replace(path, previous(path))
+
+
+def previous(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict | None:
+    """The state in `path`, or in the one before it where it is damaged (said aloud); None where there is neither.
+
+    Raises UserError where files are there and none of them is whole. Loads tensors and plain values only: no code is run.
+    """
+    troubles = []
+    for candidate in (path, previous(path)):
+        try:
+            content = candidate.read_bytes()
+            if hashlib.sha256(content[:-64]).hexdigest().encode() != content[-64:]:
+                raise ValueError(f"{len(content):,} bytes whose checksum does not match")
+            state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # torch.load raises whatever a damaged file provokes
+            troubles.append(f"{candidate}: damaged ({str(error).splitlines()[0][:100]})")
+            continue
+        if troubles:
+            print(f"{troubles[0]}; going on from the one before it, {candidate.name}", file=sys.stderr)
+        return state
+    if troubles:
+        raise UserError(f"{'; '.join(troubles)}. Nothing to resume from: delete the folder {path.parent} to train anew")
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------- a run
+
+
+class Run:
+    """One run on disk, open for training: its position, its log, its checkpoints.
+
+    with Run(…) as r:
+        r.resume(networks, optimizers)
+        while r.epoch < config.epochs:
+            while r.step < steps_per_epoch:
+                r.after_step(train_step(…))
+            r.after_epoch()
+        r.finish()
+    """
+
+    def __init__(self, paper: str, config: typing.Any, options: Options, data: dict, device: torch.device):
+        self.folder, self.config, self.options, self.device = options.folder(paper), config, options, device
+        self.identity = {"paper": paper, "experiment": options.experiment, "seed": options.seed, "precision": options.precision, **data}
+        self.epoch = self.step = self.total_steps = 0
+        self.rows: list[dict] = []
+        self.sessions: list[dict] = []
+        self.sums: Tensor | None = None  # of the losses since the epoch began, on the device
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # the first step that was not finite
+        self.seconds = 0.0  # of training, all sessions together
+        self.signal = 0
+
+    def __enter__(self) -> "Run":
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written ({error.strerror}). Name another place with --runs") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.close()
+            raise UserError(f"{self.folder}: another process is training this run; wait for it, or choose another --seed or --runs") from None
+        self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+        if hasattr(self, "bar"):
+            self.bar.close()
+        self.lock.close()
+
+    def _on_signal(self, number: int, _: object) -> None:
+        self.signal = number
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def resume(self, networks: dict[str, torch.nn.Module], optimizers: dict[str, torch.optim.Optimizer], steps: int) -> None:
+        """Take up the run where its checkpoint left it, if there is one, and say so. steps: in an epoch, for the progress bar.
+
+        Raises UserError where the folder holds a run of another config, seed, precision or data.
+        """
+        self.networks, self.optimizers = networks, optimizers
+        state = load_checkpoint(self.path, self.device)
+        if state is not None:
+            self._refuse_other(state)
+            for name, module in networks.items():
+                module.load_state_dict(state["networks"][name])
+            for name, optimizer in optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][name])
+            self.epoch, self.step, self.total_steps = state["epoch"], state["step"], state["total_steps"]
+            self.rows, self.sums, self.seconds, self.sessions = state["rows"], state["sums"], state["seconds"], state["sessions"]
+            if self.epoch >= self.config.epochs:
+                print(f"{self.folder}: complete, {self.epoch} epochs done")
+            else:
+                print(f"{self.folder}: resuming at epoch {self.epoch + 1} of {self.config.epochs}, step {self.step}", flush=True)
+        self.sessions.append(session(self.options, self.device))
+        self.started = self.saved_at = time.monotonic()
+        self.seconds_before = self.seconds
+        self.epoch_started = self.started - (state["epoch_seconds"] if state else 0.0)
+        self.steps_here = 0
+        with atomic(self.folder / "config.yaml") as file:
+            file.write(f"# {self.identity['paper']} {self.options.experiment}, seed {self.options.seed}: as resolved\n")
+            yaml.safe_dump(dataclasses.asdict(self.config), file, sort_keys=False)
+        self._write_log()
+        if self.epoch < self.config.epochs:
+            print(f"{self.folder}: {steps} steps an epoch on {self.sessions[-1]['device']}, {self.options.precision}", flush=True)
+        # On a terminal one bar with the time left; elsewhere one line per epoch.
+        self.bar = tqdm(total=self.config.epochs * steps, initial=self.total_steps, unit="step", disable=not sys.stderr.isatty(), mininterval=0.5)
+
+    def _refuse_other(self, state: dict) -> None:
+        ours = {**self.identity, **dataclasses.asdict(self.config)}
+        # A field added to Config since has the default that leaves old runs as they were.
+        defaults = {f.name: f.default for f in dataclasses.fields(self.config)}
+        theirs = {**defaults, **state["identity"], **state["config"]}
+        differing = [f"{k}: {theirs.get(k)!r} there, {v!r} asked for" for k, v in ours.items() if k != "epochs" and theirs.get(k) != v]
+        if differing:
+            raise UserError(f"{self.folder} holds a run made otherwise ({'; '.join(differing)}). Ask for the same, or name another place with --runs")
+        if state["epoch"] + (state["step"] > 0) > self.config.epochs:
+            raise UserError(f"{self.folder}: epochs: {state['epoch']} are done already, {self.config.epochs} asked for; they can only grow. Name another place with --runs")
+
+    def after_step(self, losses: dict[str, Tensor]) -> None:
+        """Count a step: add up its losses (scalars, on the device), save if a minute has passed, stop if asked to."""
+        self.names = list(losses)
+        values = torch.stack([value.detach().float() for value in losses.values()])
+        self.sums = values if self.sums is None else self.sums + values
+        self.step += 1
+        self.steps_here += 1
+        self.total_steps += 1
+        self.bar.update()
+        bad = ~torch.isfinite(values).all()
+        self.first_bad = torch.where(bad & (self.first_bad < 0), self.total_steps, self.first_bad)
+        if self.signal:
+            self.save()
+            name, code = ("Ctrl-C", 130) if self.signal == signal.SIGINT else ("SIGTERM", 143)
+            raise Stopped(code, f"{name}: saved after epoch {self.epoch}, step {self.step}; the same command goes on from here")
+        if time.monotonic() - self.saved_at > self.options.save_every:
+            self.save()
+
+    def after_epoch(self, samples: Tensor, **more: float) -> None:
+        """Close an epoch: the means of its losses and `more` become a row of log.csv, and now and then `samples`, images
+        (n, C, H, W) in [0, 1] in rows of 10, a picture in samples/.
+        """
+        self._check_finite()
+        means = dict(zip(self.names, (self.sums / self.step).tolist(), strict=True))
+        now = time.monotonic()
+        self.rows.append({"epoch": self.epoch + 1, **means, **more, "seconds": round(now - self.epoch_started, 3)})
+        self.epoch_started = now
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, None
+        self._write_log()
+        if self.epoch in SAMPLE_EPOCHS or self.epoch == self.config.epochs:
+            from common.plots import save_grid
+
+            save_grid(samples, self.folder / "samples" / f"epoch{self.epoch:04d}.png", columns=10)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in self.rows[-1].items() if name != "epoch")
+        if self.bar.disable:
+            print(f"epoch {self.epoch}/{self.config.epochs}  {shown}", flush=True)
+        else:
+            self.bar.set_description(f"epoch {self.epoch}/{self.config.epochs}")
+            self.bar.set_postfix_str(shown)
+
+    def finish(self) -> None:
+        """Save the last epoch's weights, unless this session trained nothing."""
+        if self.steps_here:
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint, unless a step was not finite: then the last good one stays, and RunFailed names the step."""
+        self._check_finite()
+        self.seconds = self.seconds_before + time.monotonic() - self.started
+        save_checkpoint(
+            self.path,
+            {
+                "identity": self.identity,
+                "config": dataclasses.asdict(self.config),
+                "epoch": self.epoch,
+                "step": self.step,
+                "total_steps": self.total_steps,
+                "rows": self.rows,
+                "sums": self.sums,
+                "seconds": self.seconds,
+                "epoch_seconds": time.monotonic() - self.epoch_started,
+                "sessions": self.sessions,
+                "networks": {name: module.state_dict() for name, module in self.networks.items()},
+                "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            },
+        )
+        self.saved_at = time.monotonic()
+
+    def _check_finite(self) -> None:
+        first_bad = int(self.first_bad)
+        if first_bad >= 0:
+            kept = "the last good checkpoint is kept" if self.path.exists() else "nothing was saved"
+            raise RunFailed(f"{self.folder}: a loss or gradient was not finite, first at step {first_bad} (epoch {self.epoch + 1}); {kept}")
+
+    def _write_log(self) -> None:
+        path = self.folder / "log.csv"
+        if not self.rows:
+            path.unlink(missing_ok=True)  # of epochs that no checkpoint holds
+            return
+        with atomic(path) as file:
+            writer = csv.DictWriter(file, fieldnames=list(self.rows[-1]))
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def provenance(state: dict) -> dict:
+    """Where the weights in a checkpoint come from, for eval.json and results: the last session's facts and what all share."""
+    commits = list(dict.fromkeys(s["git_commit"] for s in state["sessions"]))
+    identity = {k: v for k, v in state["identity"].items() if k not in ("paper", "experiment", "seed")}
+    return {
+        **state["sessions"][-1],
+        "git_commit": commits[-1],
+        "git_commits": commits,
+        "git_dirty": any(s["git_dirty"] is not False for s in state["sessions"]),
+        **identity,
+        "training_seconds": round(state["seconds"], 1),
+        "epochs": state["epoch"],
+    }
