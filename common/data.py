@@ -6,10 +6,12 @@ Downloading and reading is torchvision's; verifying is ours: every file is check
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,7 @@ SHA256 = {
         "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     },
 }
+DIGITS_DIGEST = "55c087b603d0064f"  # of scikit-learn's integers and our split
 FOLDER = {"mnist": "MNIST/raw", "fashion_mnist": "FashionMNIST/raw"}
 
 
@@ -84,6 +87,15 @@ def load(name: str, root: str | Path, unofficial: bool = False) -> Dataset:
     raise UserError(f"unknown data set {name!r}; known: {', '.join(NAMES)}")
 
 
+def official_digest(name: str) -> str:
+    """The digest that `load` finds on the official data."""
+    return DIGITS_DIGEST if name == "digits" else _digest(SHA256[name].values())
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
 def choose_labels(labels: Tensor, n: int, how: str, n_classes: int, seed: int) -> Tensor:
     """Indices (n,), ascending, of the training images whose labels are known.
 
@@ -123,16 +135,14 @@ def _digits() -> Dataset:
 
     raw, labels = load_digits(return_X_y=True)
     train, test = train_test_split(np.arange(len(labels)), test_size=360, random_state=0, stratify=labels)
-    # The digest is over the raw integers and the split: bilinear rounding may differ between machines, these may not.
-    digest = hashlib.sha256()
-    for part in (train, test):
-        digest.update(raw[part].astype(np.uint8).tobytes() + labels[part].astype(np.uint8).tobytes())
+    # Over the raw integers and the split: bilinear rounding may differ between machines, these may not.
+    parts = (array[part].astype(np.uint8).tobytes() for part in (train, test) for array in (raw, labels))
+    digest = _digest(hashlib.sha256(part).hexdigest() for part in parts)
     images = torch.from_numpy(raw).float().view(-1, 1, 8, 8) * (255 / 16)
     images = torch.nn.functional.interpolate(images, size=28, mode="bilinear").round().to(torch.uint8)
     labels = torch.from_numpy(labels).long()
-    return Dataset(
-        "digits", images[train], labels[train], images[test], labels[test], tuple("0123456789"), digest.hexdigest()[:16]
-    )
+    split = (images[train], labels[train], images[test], labels[test])
+    return Dataset("digits", *split, tuple("0123456789"), digest, digest == DIGITS_DIGEST)
 
 
 def _idx(name: str, root: Path, unofficial: bool) -> Dataset:
@@ -142,7 +152,7 @@ def _idx(name: str, root: Path, unofficial: bool) -> Dataset:
     folder = root / FOLDER[name]
     if any(not (folder / file).exists() for file in SHA256[name]):
         _download(name, root)
-    parts, digest, official = {}, hashlib.sha256(), True
+    parts, found_digests, official = {}, [], True
     for file, expected in SHA256[name].items():
         path = folder / file
         try:
@@ -150,7 +160,7 @@ def _idx(name: str, root: Path, unofficial: bool) -> Dataset:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         found = hashlib.sha256(content).hexdigest()
-        digest.update(found.encode())
+        found_digests.append(found)
         if found != expected:
             official = False
             if not unofficial:
@@ -161,10 +171,12 @@ def _idx(name: str, root: Path, unofficial: bool) -> Dataset:
         dimensions = 3 if "images" in file else 1
         # Checked here since an unofficial file may hold anything, and torchvision's reader states its doubts as asserts.
         if len(content) < 4 + 4 * dimensions or content[:4] != bytes([0, 0, 8, dimensions]):
-            raise UserError(f"{path}: not an idx file of {dimensions}-dimensional bytes (its first bytes are {content[:4].hex() or 'none'})")
+            begins = content[:4].hex() or "nothing"
+            raise UserError(f"{path}: not an idx file of {dimensions}-dimensional bytes (it begins with {begins})")
         shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
-        if 0 in shape or int(np.prod(shape, dtype=object)) != len(content) - 4 - 4 * dimensions:
-            raise UserError(f"{path}: its header announces {'×'.join(map(str, shape))} bytes, {len(content) - 4 - 4 * dimensions:,} are there")
+        there = len(content) - 4 - 4 * dimensions
+        if 0 in shape or math.prod(shape) != there:
+            raise UserError(f"{path}: its header announces {'×'.join(map(str, shape))} bytes, {there:,} are there")
         read = sets.mnist.read_image_file if dimensions == 3 else sets.mnist.read_label_file
         parts[file] = read(str(path))
     classes = (sets.MNIST if name == "mnist" else sets.FashionMNIST).classes
@@ -179,7 +191,7 @@ def _idx(name: str, root: Path, unofficial: bool) -> Dataset:
             raise UserError(f"{folder}: a {prefix} label is {labels.max()}, expected 0 … {len(classes) - 1}")
         split += [images, labels]
     class_names = tuple(c.split(" - ")[0] for c in classes)
-    return Dataset(name, *split, class_names, digest.hexdigest()[:16], official)
+    return Dataset(name, *split, class_names, _digest(found_digests), official)
 
 
 def _download(name: str, root: Path) -> None:

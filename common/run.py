@@ -16,6 +16,7 @@ import io
 import json
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def exit_with(main: Callable[[], None]) -> typing.NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code, line = 141, None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO):
             raise
         code, line = 1, f"failed: {error.filename or 'a file'}: {error.strerror}; what was saved before is intact"
     if line:
@@ -206,17 +207,23 @@ class Options:
     """Where and how a run is made: provenance, not configuration."""
 
     experiment: str
-    seed: int
-    data: Path
-    runs: Path
-    device: str
-    precision: str
-    threads: int
-    deterministic: bool
-    unofficial_data: bool
-    save_every: float
-    describe: bool
-    json: bool
+    seed: int = 0
+    data: Path = Path("data")
+    runs: Path = Path("runs")
+    device: str = "auto"
+    threads: int = 0
+    unofficial_data: bool = False
+    precision: str = "fp32"
+    save_every: float = 60.0
+    deterministic: bool = False
+    describe: bool = False
+    json: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed: {self.seed} is out of range; allowed: 0 … 2^63 - 1")
+        if self.threads < 0:
+            raise UserError(f"--threads: {self.threads} is out of range; allowed: >= 0")
 
     def folder(self, paper: str) -> Path:
         return self.runs / paper / self.experiment / f"seed{self.seed}"
@@ -243,40 +250,34 @@ class Parser(argparse.ArgumentParser):
         return namespace
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="fixes everything that is random")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder that holds MNIST/, FashionMNIST/ …")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder under which runs are kept")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, on CPU and GPU")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
-    parser.add_argument("--deterministic", action="store_true", help="bit-identical repeats on a GPU too, slower")
-    parser.add_argument("--save-every", type=float, default=60.0, help="seconds between checkpoints")
-    parser.add_argument("--unofficial-data", action="store_true", help="read data whose digest is not the official one")
-
-
 def parse(paper: str, cls: type, argv: list[str] | None = None) -> tuple[typing.Any, Options]:
     """The command line of `python -m <paper>.train`: config and options. Every field of the config `cls` is a flag."""
     parser = Parser(prog=f"python -m {paper}.train")
-    parser.add_argument("experiment", help=f"one of: {', '.join(experiments(paper))}")
-    add_run_options(parser)
+    add_options(parser, paper)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, on CPU and GPU")
+    parser.add_argument("--save-every", type=float, default=60.0, help="seconds between checkpoints")
+    parser.add_argument("--deterministic", action="store_true", help="bit-identical repeats on a GPU too, slower")
     parser.add_argument("--describe", action="store_true", help="print what would be trained, and stop")
     parser.add_argument("--json", action="store_true", help="with --describe: for programs")
     fields = parser.add_argument_group("fields of the config; default: the experiment's")
     hints = typing.get_type_hints(cls, include_extras=True)
     for name in hints:
         fields.add_argument(f"--{name.replace('_', '-')}", dest=f"field_{name}", default=argparse.SUPPRESS, metavar="VALUE")
-    namespace = vars(parser.parse_all(argv))
-    overrides = {}
-    for name in hints:
-        if f"field_{name}" in namespace:
-            overrides[name] = parse_flag(name, namespace.pop(f"field_{name}"), hints[name])
-    options = Options(**namespace)
-    if options.seed < 0 or options.seed >= 2**63:
-        raise UserError(f"--seed: {options.seed} is out of range; allowed: 0 … 2^63 - 1")
-    if options.threads < 0:
-        raise UserError(f"--threads: {options.threads} is out of range; allowed: >= 0")
-    return experiment_config(paper, cls, options.experiment, overrides), options
+    namespace = parser.parse_all(argv)
+    given = {name: vars(namespace).pop(f"field_{name}") for name in hints if f"field_{name}" in namespace}
+    overrides = {name: parse_flag(name, text, hints[name]) for name, text in given.items()}
+    return experiment_config(paper, cls, namespace.experiment, overrides), Options(**vars(namespace))
+
+
+def add_options(parser: argparse.ArgumentParser, paper: str) -> None:
+    """What train and eval both take."""
+    parser.add_argument("experiment", help=f"one of: {', '.join(experiments(paper))}")
+    parser.add_argument("--seed", type=int, default=0, help="fixes everything that is random")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder that holds MNIST/, FashionMNIST/ …")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder under which runs are kept")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    parser.add_argument("--unofficial-data", action="store_true", help="read data whose digest is not the official one")
 
 
 def parse_flag(name: str, text: str, annotation: object) -> object:
@@ -314,7 +315,8 @@ def set_up(options: Options) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device: {options.device!r} is not one of auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device: {options.device} asked for, but this machine has {torch.cuda.device_count()} CUDA devices. Use --device cpu")
+        found = torch.cuda.device_count()
+        raise UserError(f"--device: {options.device} asked for, but this machine has {found} CUDA devices. Use --device cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -343,8 +345,8 @@ def device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
-def session(options: Options, device: torch.device) -> dict:
-    """Who trains, with what, from now on. A run that was resumed has several."""
+def session(device: torch.device) -> dict:
+    """Which code runs from now on, on what. A run that was resumed has several."""
     commit, dirty = git_state()
     return {
         "git_commit": commit,
@@ -460,6 +462,7 @@ class Run:
         self.epoch = self.step = self.total_steps = 0
         self.rows: list[dict] = []
         self.sessions: list[dict] = []
+        self.names: list[str] = []  # of the losses
         self.sums: Tensor | None = None  # of the losses since the epoch began, on the device
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # the first step that was not finite
         self.seconds = 0.0  # of training, all sessions together
@@ -475,7 +478,7 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.lock.close()
-            raise UserError(f"{self.folder}: another process is training this run; wait for it, or choose another --seed or --runs") from None
+            raise UserError(f"{self.folder}: another process is training this run; wait, or choose another --seed or --runs") from None
         self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -508,11 +511,12 @@ class Run:
                 optimizer.load_state_dict(state["optimizers"][name])
             self.epoch, self.step, self.total_steps = state["epoch"], state["step"], state["total_steps"]
             self.rows, self.sums, self.seconds, self.sessions = state["rows"], state["sums"], state["seconds"], state["sessions"]
+            self.names = state.get("names", [])  # the first reference runs' checkpoints are older than this key
             if self.epoch >= self.config.epochs:
                 print(f"{self.folder}: complete, {self.epoch} epochs done")
             else:
                 print(f"{self.folder}: resuming at epoch {self.epoch + 1} of {self.config.epochs}, step {self.step}", flush=True)
-        self.sessions.append(session(self.options, self.device))
+        self.sessions.append(session(self.device))
         self.started = self.saved_at = time.monotonic()
         self.seconds_before = self.seconds
         self.epoch_started = self.started - (state["epoch_seconds"] if state else 0.0)
@@ -524,7 +528,8 @@ class Run:
         if self.epoch < self.config.epochs:
             print(f"{self.folder}: {steps} steps an epoch on {self.sessions[-1]['device']}, {self.options.precision}", flush=True)
         # On a terminal one bar with the time left; elsewhere one line per epoch.
-        self.bar = tqdm(total=self.config.epochs * steps, initial=self.total_steps, unit="step", disable=not sys.stderr.isatty(), mininterval=0.5)
+        quiet = not sys.stderr.isatty()
+        self.bar = tqdm(total=self.config.epochs * steps, initial=self.total_steps, unit="step", disable=quiet, mininterval=0.5)
 
     def _refuse_other(self, state: dict) -> None:
         ours = {**self.identity, **dataclasses.asdict(self.config)}
@@ -533,9 +538,10 @@ class Run:
         theirs = {**defaults, **state["identity"], **state["config"]}
         differing = [f"{k}: {theirs.get(k)!r} there, {v!r} asked for" for k, v in ours.items() if k != "epochs" and theirs.get(k) != v]
         if differing:
-            raise UserError(f"{self.folder} holds a run made otherwise ({'; '.join(differing)}). Ask for the same, or name another place with --runs")
+            raise UserError(f"{self.folder} holds a run made otherwise ({'; '.join(differing)}). Ask for the same, or use another --runs")
         if state["epoch"] + (state["step"] > 0) > self.config.epochs:
-            raise UserError(f"{self.folder}: epochs: {state['epoch']} are done already, {self.config.epochs} asked for; they can only grow. Name another place with --runs")
+            done = f"{state['epoch']} epochs{' and a part' if state['step'] else ''} are done already"
+            raise UserError(f"{self.folder}: {done}, {self.config.epochs} asked for; epochs can only grow. Use another --runs")
 
     def after_step(self, losses: dict[str, Tensor]) -> None:
         """Count a step: add up its losses (scalars, on the device), save if a minute has passed, stop if asked to."""
@@ -555,10 +561,8 @@ class Run:
         if time.monotonic() - self.saved_at > self.options.save_every:
             self.save()
 
-    def after_epoch(self, samples: Tensor, **more: float) -> None:
-        """Close an epoch: the means of its losses and `more` become a row of log.csv, and now and then `samples`, images
-        (n, C, H, W) in [0, 1] in rows of 10, a picture in samples/.
-        """
+    def after_epoch(self, **more: float) -> None:
+        """Close an epoch: the means of its losses, `more` and its seconds become a row of log.csv."""
         self._check_finite()
         means = dict(zip(self.names, (self.sums / self.step).tolist(), strict=True))
         now = time.monotonic()
@@ -566,10 +570,6 @@ class Run:
         self.epoch_started = now
         self.epoch, self.step, self.sums = self.epoch + 1, 0, None
         self._write_log()
-        if self.epoch in SAMPLE_EPOCHS or self.epoch == self.config.epochs:
-            from common.plots import save_grid
-
-            save_grid(samples, self.folder / "samples" / f"epoch{self.epoch:04d}.png", columns=10)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in self.rows[-1].items() if name != "epoch")
         if self.bar.disable:
             print(f"epoch {self.epoch}/{self.config.epochs}  {shown}", flush=True)
@@ -577,10 +577,18 @@ class Run:
             self.bar.set_description(f"epoch {self.epoch}/{self.config.epochs}")
             self.bar.set_postfix_str(shown)
 
+    def sample_path(self) -> Path | None:
+        """Where a grid of samples goes after this epoch, or None where none is due."""
+        due = self.epoch in SAMPLE_EPOCHS or self.epoch == self.config.epochs
+        return self.folder / "samples" / f"epoch{self.epoch:04d}.png" if due else None
+
     def finish(self) -> None:
         """Save the last epoch's weights, unless this session trained nothing."""
         if self.steps_here:
             self.save()
+            self.bar.close()
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+            print(f"{self.folder}: trained, {self.epoch} epochs in {self.seconds:.0f} s, peak memory {peak:.2f} GiB", flush=True)
 
     def save(self) -> None:
         """Write the checkpoint, unless a step was not finite: then the last good one stays, and RunFailed names the step."""
@@ -595,6 +603,7 @@ class Run:
                 "step": self.step,
                 "total_steps": self.total_steps,
                 "rows": self.rows,
+                "names": self.names,
                 "sums": self.sums,
                 "seconds": self.seconds,
                 "epoch_seconds": time.monotonic() - self.epoch_started,
@@ -623,15 +632,55 @@ class Run:
 
 
 def provenance(state: dict) -> dict:
-    """Where the weights in a checkpoint come from, for eval.json and results: the last session's facts and what all share."""
-    commits = list(dict.fromkeys(s["git_commit"] for s in state["sessions"]))
+    """Where the weights in a checkpoint come from: the last session's facts, every commit, dirty if any session's tree was."""
     identity = {k: v for k, v in state["identity"].items() if k not in ("paper", "experiment", "seed")}
     return {
         **state["sessions"][-1],
-        "git_commit": commits[-1],
-        "git_commits": commits,
+        "git_commits": list(dict.fromkeys(s["git_commit"] for s in state["sessions"])),
         "git_dirty": any(s["git_dirty"] is not False for s in state["sessions"]),
         **identity,
         "training_seconds": round(state["seconds"], 1),
         "epochs": state["epoch"],
     }
+
+
+# ------------------------------------------------------------------------------------------------------------ describe
+
+
+def describe(networks: dict[str, torch.nn.Module], inputs: dict[str, Tensor], config: typing.Any, as_json: bool) -> str:
+    """What would be trained: each network layer by layer with output shapes and parameter counts, and the config.
+
+    inputs: an example batch for each network that is called; the others are described by their parameters.
+    """
+    described = {}
+    for name, network in networks.items():
+        layers: list[dict] = []
+        if name in inputs:
+            _trace(network, inputs[name], layers)
+        else:
+            layers = [{"layer": k, "output": list(p.shape), "parameters": p.numel()} for k, p in network.named_parameters()]
+        described[name] = {"parameters": sum(p.numel() for p in network.parameters()), "layers": layers}
+    total = sum(network["parameters"] for network in described.values())
+    values = dataclasses.asdict(config)
+    if as_json:
+        return json.dumps({"networks": described, "parameters": total, "config": values}, indent=1)
+    lines = []
+    for name, network in described.items():
+        lines.append(f"{name}: {network['parameters']:,} parameters")
+        lines += [f"  {x['layer']:<24}{'×'.join(map(str, x['output'])):<14}{x['parameters']:>12,}" for x in network["layers"]]
+    lines += [f"total: {total:,} parameters", "config:"] + [f"  {key}: {value}" for key, value in values.items()]
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def _trace(network: torch.nn.Module, example: Tensor, layers: list[dict]) -> None:
+    """Run `example` through `network` and note what each layer without sub-layers gives out, without the batch dimension."""
+
+    def note(module: torch.nn.Module, _: object, output: Tensor) -> None:
+        count = sum(p.numel() for p in module.parameters())
+        layers.append({"layer": type(module).__name__, "output": list(output.shape[1:]), "parameters": count})
+
+    hooks = [m.register_forward_hook(note) for m in network.modules() if not list(m.children())]
+    network(example)
+    for hook in hooks:
+        hook.remove()

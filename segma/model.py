@@ -104,7 +104,8 @@ def cramer_wold_distance(z: Tensor, means: Tensor, priors: Tensor, gamma: float,
     `phi` may replace; with the asymptotic φ_D the distance of a perfect fit is a few 0.001, not 0.
     """
     dim = z.shape[1]
-    z_z = gaussian_product(squared_distances(z, z), 0, gamma, dim, phi).mean()
+    rows = z.split(2048)  # of the (m, m) matrix: a batch is one block, a whole test set does not fill the memory
+    z_z = sum(gaussian_product(squared_distances(part, z), 0, gamma, dim, phi).sum() for part in rows) / len(z) ** 2
     z_p = (gaussian_product(squared_distances(z, means), 1, gamma, dim, phi) @ priors).mean()
     p_p = priors @ gaussian_product(squared_distances(means, means), 2, gamma, dim, phi) @ priors
     return z_z - 2 * z_p + p_p

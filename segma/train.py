@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from common import run
 from common.data import choose_labels, load
+from common.metrics import error_rate
+from common.plots import save_grid
 from common.run import Count, NonNegative, Positive
 from segma.model import (
     build,
@@ -54,8 +56,33 @@ class Config:
             raise ValueError("latent_dim: φ_D of eq. (3) needs D >= 2 (and is accurate from 10)")
 
     @property
+    def codes_per_batch(self) -> int:
+        """How many codes of a batch the distance sees; over K this is N_c, from which γ follows."""
+        return self.batch_unlabelled + (min(self.batch_labelled, self.n_labels) if self.loss_over == "all" else 0)
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         return IMAGES[self.dataset]
+
+
+def loss_terms(
+    networks: dict[str, nn.Module], unlabelled: Tensor, labelled: Tensor, labels: Tensor, config: Config, precision: str = "fp32"
+) -> dict[str, Tensor]:
+    """Eq. (9) on one batch, and its terms: scalars. unlabelled: (n, C, H, W), labelled: (m, C, H, W), in [0, 1]; labels: (m,)."""
+    encoder, decoder, mixture = networks["encoder"], networks["decoder"], networks["mixture"]
+    x = torch.cat([unlabelled, labelled])
+    seen = config.codes_per_batch  # the unlabelled images, which come first, or all
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        z = encoder(x)
+        reconstruction = decoder(z[:seen])
+    z = z.float() if precision == "bf16" else z  # distances and logarithms are never taken in bf16
+
+    gamma = silverman_bandwidth(seen / config.n_components)
+    mse = reconstruction_error(x[:seen], reconstruction)
+    d2 = cramer_wold_distance(z[:seen], mixture.means, mixture.priors, gamma)
+    cross_entropy = classification_loss(z[len(unlabelled) :], labels, mixture.means, mixture.priors)
+    loss = mse + config.distance_weight * d2.log() + config.label_weight * cross_entropy  # eq. (9)
+    return {"loss": loss, "mse": mse, "d2": d2, "cross_entropy": cross_entropy}
 
 
 def train_step(
@@ -67,32 +94,19 @@ def train_step(
     config: Config,
     precision: str = "fp32",
 ) -> dict[str, Tensor]:
-    """One step on eq. (9). unlabelled: (n, C, H, W), labelled: (m, C, H, W), in [0, 1]; labels: (m,).
+    """One step down eq. (9), on encoder, decoder and means. Arguments as `loss_terms`.
 
-    Returns the terms of eq. (9) and the gradient's norm before clipping, scalars on the device.
+    Returns its terms and the gradient's norm before clipping, scalars on the device.
     """
-    encoder, decoder, mixture = networks["encoder"], networks["decoder"], networks["mixture"]
-    x = torch.cat([unlabelled, labelled])
-    seen = len(x) if config.loss_over == "all" else len(unlabelled)
-
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        z = encoder(x)
-        reconstruction = decoder(z[:seen])
-    z = z.float() if precision == "bf16" else z
-    gamma = silverman_bandwidth(seen / config.n_components)
-    mse = reconstruction_error(x[:seen], reconstruction)
-    distance = cramer_wold_distance(z[:seen], mixture.means, mixture.priors, gamma)
-    cross_entropy = classification_loss(z[len(unlabelled) :], labels, mixture.means, mixture.priors)
-    loss = mse + config.distance_weight * distance.log() + config.label_weight * cross_entropy  # eq. (9)
-
+    terms = loss_terms(networks, unlabelled, labelled, labels, config, precision)
     optimizer.zero_grad()
-    loss.backward()
+    terms["loss"].backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip_norm or float("inf"))
     if config.grad_clip_value is not None:
         nn.utils.clip_grad_value_(parameters, config.grad_clip_value)
     optimizer.step()
-    return {"loss": loss, "mse": mse, "d2": distance, "cross_entropy": cross_entropy, "grad_norm": grad_norm}
+    return {**terms, "grad_norm": grad_norm}
 
 
 def as_input(images: Tensor) -> Tensor:
@@ -141,17 +155,22 @@ def train(config: Config, options: run.Options) -> Path:
                 unlabelled, labelled = as_input(images[drawn]), known_images[known_drawn]
                 r.after_step(train_step(networks, optimizer, unlabelled, labelled, known_labels[known_drawn], config, options.precision))
             codes = encode(networks["encoder"], test_images, options.precision)
-            wrong = classify(codes, mixture.means, mixture.priors) != test_labels
-            with torch.no_grad():
-                samples = networks["decoder"]((mixture.means[:, None] + noise).flatten(0, 1))  # one row per component
-            r.after_epoch(samples, test_error=100 * wrong.float().mean().item(), mean_norm=mixture.means.detach().norm(dim=1).mean().item())
+            test_error = error_rate(classify(codes, mixture.means, mixture.priors), test_labels)
+            r.after_epoch(test_error=test_error, mean_norm=mixture.means.detach().norm(dim=1).mean().item())
+            if path := r.sample_path():
+                with torch.no_grad():  # one row per component, always from the same noise
+                    save_grid(networks["decoder"]((mixture.means[:, None] + noise).flatten(0, 1)), path, columns=10)
         r.finish()
     return r.folder
 
 
-def main() -> None:
-    config, options = run.parse("segma", Config)
-    train(config, options)
+def main(argv: list[str] | None = None) -> None:
+    config, options = run.parse("segma", Config, argv)
+    if options.describe:
+        examples = {"encoder": torch.zeros(1, *config.image_shape), "decoder": torch.zeros(1, config.latent_dim)}
+        print(run.describe(build(config), examples, config, options.json))
+    else:
+        train(config, options)
 
 
 if __name__ == "__main__":
