@@ -1,5 +1,6 @@
-"""Pictures: grids of images."""
+"""Pictures: grids of images, heat maps, curves."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,12 +9,77 @@ from torch import Tensor
 from common.run import atomic
 
 
-def save_grid(images: Tensor, path: Path, columns: int, padding: int = 2) -> None:
-    """Images (N, C, H, W) in [0, 1] as one PNG, row by row, `columns` to a row, white between them."""
-    from PIL import Image
+def grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
+    """Images (N, C, H, W) in [0, 1] laid out row by row: uint8 (h, w, 3), white between them."""
     from torchvision.utils import make_grid
 
-    grid = make_grid(images.float().cpu().clamp(0, 1), nrow=columns, padding=padding, pad_value=1.0)
-    pixels = (grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    laid = make_grid(images.detach().float().cpu().clamp(0, 1), nrow=columns, padding=padding, pad_value=1.0)
+    return (laid * 255).round().to(torch.uint8).permute(1, 2, 0)
+
+
+def save_grid(images: Tensor, path: Path, columns: int) -> None:
+    """The bare grid as a PNG, one pixel per pixel."""
+    from PIL import Image
+
     with atomic(path, "wb") as file:
-        Image.fromarray(pixels).save(file, format="PNG")
+        Image.fromarray(grid(images, columns).numpy()).save(file, format="PNG")
+
+
+def save_labelled_grid(
+    images: Tensor, path: Path, columns: int, title: str, rows: Sequence[str] = (), heads: Sequence[str] = ()
+) -> None:
+    """The grid with a title, a label before each row and a head above each column."""
+    laid = grid(images, columns)
+    cell_h, cell_w = images.shape[2] + 2, images.shape[3] + 2  # with the padding of `grid`
+    scale = 0.5 / 28  # inches a pixel
+    figure, axes = _pyplot().subplots(figsize=(laid.shape[1] * scale + 1.2, laid.shape[0] * scale + 0.8))
+    axes.imshow(laid.numpy(), interpolation="nearest")
+    axes.set_title(title, fontsize=9)
+    axes.set_yticks([cell_h * (i + 0.5) + 1 for i in range(len(rows))], rows, fontsize=8)
+    axes.set_xticks([cell_w * (i + 0.5) + 1 for i in range(len(heads))], heads, fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    _save(figure, path)
+
+
+def save_matrix(values: Tensor, path: Path, names: Sequence[str], title: str, text: Sequence[Sequence[str]], colours: str) -> None:
+    """A square matrix (K, K) as a heat map, `text` in its cells. colours: what the colour bar says."""
+    figure, axes = _pyplot().subplots(figsize=(0.55 * len(names) + 2.2, 0.5 * len(names) + 1.2))
+    shown = axes.imshow(values.cpu().numpy(), cmap="viridis")
+    middle = (values[values.isfinite()].min() + values[values.isfinite()].max()) / 2
+    for i, row in enumerate(text):
+        for j, word in enumerate(row):
+            axes.text(j, i, word, ha="center", va="center", fontsize=7, color="white" if values[i, j] < middle else "black")
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_title(title, fontsize=9)
+    figure.colorbar(shown, ax=axes, label=colours)
+    _save(figure, path)
+
+
+def save_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], path: Path, x_label: str) -> None:
+    """One panel for each named curve (x, y), side by side."""
+    figure, panels = _pyplot().subplots(1, len(curves), figsize=(3.2 * len(curves), 2.6), squeeze=False)
+    for axes, (name, (x, y)) in zip(panels[0], curves.items(), strict=True):
+        axes.plot(x, y, linewidth=1)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel(x_label, fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as pyplot
+
+    return pyplot
+
+
+def _save(figure, path: Path) -> None:
+    figure.tight_layout()
+    with atomic(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    _pyplot().close(figure)
