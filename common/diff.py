@@ -1,0 +1,399 @@
+"""Published vs reference vs yours: the tables of `make diff`, `make results` and `make pending`.
+
+    python -m common.diff show [paper …]      one row per published number
+    python -m common.diff collect             complete runs -> <paper>/results, figures and the READMEs' results blocks
+    python -m common.diff check               are the results blocks what the committed results give?
+    python -m common.diff pending             reference runs still missing
+
+A paper is a folder with a published.yaml.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import run
+from common.data import official_digest
+from common.run import ROOT, UserError
+
+BEGIN, END = "<!-- results: begin (written by `make results`) -->", "<!-- results: end -->"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published number. value: as printed; spread: sd or se over `trials` runs, spread_is says which; None: not published."""
+
+    id: str
+    where: str
+    system: str
+    dataset: str
+    experiment: str
+    metric: str
+    unit: str
+    better: str
+    value: float
+    spread: float | None
+    spread_is: str | None
+    trials: int | None
+    needs: str
+    also: tuple[str, ...] = ()  # experiments that are other readings of the same entry
+
+
+def papers() -> list[str]:
+    return sorted(path.parent.name for path in ROOT.glob("*/published.yaml"))
+
+
+def published(paper: str) -> tuple[list[Entry], list[dict], list[dict]]:
+    """A paper's published.yaml: entries, what we measure beside them, and the reference runs we want."""
+    path = ROOT / paper / "published.yaml"
+    content = run.read_yaml(path)
+    try:
+        entries = [Entry(**{**entry, "also": tuple(entry.get("also", ()))}) for entry in content["entries"]]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: an entry is not complete ({error})") from None
+    for entry in entries:
+        if type(entry.value) not in (int, float) or entry.better not in ("lower", "higher", "equal"):
+            raise UserError(f"{path}: {entry.id}: value must be a number and better one of lower, higher, equal")
+    return entries, content.get("ours", []), content.get("reference", [])
+
+
+def read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON: damaged; delete it and evaluate again") from None
+
+
+def references(paper: str) -> dict[str, list[dict]]:
+    """The committed records by experiment, one per seed."""
+    return {path.stem: read_json(path) for path in sorted((ROOT / paper / "results").glob("*.json"))}
+
+
+def yours(paper: str, runs: Path) -> dict[str, list[dict]]:
+    """The evaluated runs on this machine, by experiment."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted((runs / paper).glob("*/seed*/eval.json")):
+        found.setdefault(path.parent.parent.name, []).append(read_json(path))
+    return found
+
+
+def config_of(paper: str, experiment: str):
+    """The committed config of an experiment, or None where it is not written yet."""
+    if experiment not in run.experiments(paper):
+        return None
+    return run.experiment_config(paper, importlib.import_module(f"{paper}.train").Config, experiment)
+
+
+def not_comparable(record: dict, config) -> str | None:
+    """Why a record's numbers are not the experiment's, or None where they are. config: the committed one."""
+    provenance = record["provenance"]
+    if record["config_hash"] != run.config_hash(config):
+        theirs, ours = record["config"], dataclasses.asdict(config)
+        differing = [f"{k} {theirs.get(k)}" for k, v in ours.items() if k != "epochs" and theirs.get(k, v) != v]
+        return f"another config ({', '.join(differing) or 'a field unknown here'})"
+    if provenance["epochs"] != config.epochs:
+        return f"{provenance['epochs']} of {config.epochs} epochs"
+    if not provenance["data_official"]:
+        return f"unofficial data ({provenance['train_images']:,} + {provenance['test_images']:,} images)"
+    if provenance["data_digest"] != official_digest(provenance["data"]):
+        return f"other data (digest {provenance['data_digest']})"
+    return None
+
+
+def split_comparable(records: Iterable[dict], config, metric: str) -> tuple[list[float], list[str]]:
+    """The values of `metric` in the comparable records, and why the others are not."""
+    values, reasons = [], []
+    for record in records:
+        reason = not_comparable(record, config)
+        if reason:
+            reasons.append(reason)
+        elif metric in record["metrics"]:
+            values.append(record["metrics"][metric])
+    return values, sorted(set(reasons))
+
+
+# ------------------------------------------------------------------------------------------------------------- verdict
+
+
+def verdict(values: list[float], entry: Entry) -> str:
+    """match, better or worse (n ≥ 5), indicative (fewer); for counts, match or differs. values: one a seed, at least one.
+
+    A single published value matches when it lies in the 95 % prediction interval of ours, mean ± t·s·√(1 + 1/n); a published
+    mean with a spread over N trials matches when the 95 % Welch interval of the difference of the means contains 0.
+    """
+    mean, n = statistics.fmean(values), len(values)
+    if entry.better == "equal":
+        return "match" if all(value == entry.value for value in values) else "differs"
+    if n < 5:
+        return "indicative"
+    from scipy.stats import t
+
+    s = statistics.stdev(values)
+    if entry.spread is None or not entry.trials or entry.trials < 2:
+        half = float(t.ppf(0.975, n - 1)) * s * math.sqrt(1 + 1 / n)
+        low, high = mean - half, mean + half
+        inside, shown = low <= entry.value <= high, f"95 % of seeds in [{low:.4g}, {high:.4g}]"
+    else:
+        theirs = entry.spread**2 if entry.spread_is == "se" else entry.spread**2 / entry.trials
+        mine = s**2 / n
+        # Welch-Satterthwaite; with no spread on either side the difference of the means is known exactly
+        freedom = (mine + theirs) ** 2 / (mine**2 / (n - 1) + theirs**2 / (entry.trials - 1)) if mine + theirs else 1
+        half = float(t.ppf(0.975, freedom)) * math.sqrt(mine + theirs)
+        low, high = mean - entry.value - half, mean - entry.value + half
+        inside, shown = low <= 0 <= high, f"difference in [{low:.3g}, {high:.3g}]"
+    word = "match" if inside else "better" if (mean < entry.value) == (entry.better == "lower") else "worse"
+    return f"{word} ({shown})"
+
+
+def summary(values: list[float], unit: str) -> str:
+    """mean ± s.d. (n)."""
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4g}{spread}{f' {unit}' if unit else ''} (n={len(values)})"
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def table(paper: str, mine: dict[str, list[dict]] | None, only: str | None = None) -> list[list[str]]:
+    """The rows of a paper's diff, heads first. mine: the runs of this machine, or None to leave them out (the READMEs).
+
+    only: an experiment; the rows of its data set alone.
+    """
+    entries, ours, _ = published(paper)
+    reference = references(paper)
+    heads = ["where", "system", "experiment", "published", "reference", "difference"]
+    rows = [heads + (["yours"] if mine is not None else []) + ["verdict"]]
+    configs = {e: config_of(paper, e) for entry in entries for e in (entry.experiment, *entry.also)}
+    dataset = getattr(config_of(paper, only), "dataset", None) if only else None
+    for entry in entries:
+        for experiment in (entry.experiment, *entry.also):
+            if only and entry.dataset != dataset:
+                continue
+            config = configs[experiment]
+            unit = f" {entry.unit}" if entry.unit else ""
+            spread = f" ± {entry.spread:g}" if entry.spread is not None else ""
+            shown = f"{entry.value:g}{spread}{unit}"
+            if config is None:
+                blank = ["–"] * (len(heads) - 4 + (mine is not None))
+                rows.append([entry.where, entry.system, experiment, shown, *blank, "not run: to be written"])
+                continue
+            values, why = split_comparable(reference.get(experiment, []), config, entry.metric)
+            difference = f"{statistics.fmean(values) - entry.value:+.3g}" if values else "–"
+            word = verdict(values, entry) if values else excuse(why)
+            word = f"not run: needs {entry.needs}" if word == "–" else word
+            row = [entry.where, entry.system, experiment, shown, summary(values, entry.unit), difference]
+            if mine is not None:
+                here, why = split_comparable(mine.get(experiment, []), config, entry.metric)
+                row.append(f"{summary(here, entry.unit)} [{verdict(here, entry).split(' (')[0]}]" if here else excuse(why))
+            rows.append([*row, word])
+    for item in ours:
+        if only and item["experiment"] != only:
+            continue
+        config = config_of(paper, item["experiment"])
+        values, _ = split_comparable(reference.get(item["experiment"], []), config, item["metric"])
+        row = ["ours", item["what"], item["experiment"], "–", summary(values, item["unit"]), "–"]
+        word = "no published number" if values else "not run"
+        if mine is not None:
+            here, why = split_comparable(mine.get(item["experiment"], []), config, item["metric"])
+            row.append(summary(here, item["unit"]) if here else excuse(why))
+            if here and len(values) >= 5:
+                word = like_reference(here, values)
+        rows.append([*row, word])
+    return rows
+
+
+def excuse(why: list[str]) -> str:
+    """What stands in the place of a number: why the records there are do not count, or a dash where there are none."""
+    return f"not comparable: {'; '.join(why)}" if why else "–"
+
+
+def like_reference(here: list[float], reference: list[float]) -> str:
+    """Whether each of your values lies in the 95 % prediction interval of the reference seeds (n ≥ 5)."""
+    from scipy.stats import t
+
+    n, mean, s = len(reference), statistics.fmean(reference), statistics.stdev(reference)
+    half = float(t.ppf(0.975, n - 1)) * s * math.sqrt(1 + 1 / n)
+    outside = sum(not mean - half <= value <= mean + half for value in here)
+    interval = f"95 % of reference seeds in [{mean - half:.4g}, {mean + half:.4g}]"
+    return f"yours {f'has {outside} of {len(here)} outside' if outside else 'as the reference'} ({interval})"
+
+
+def as_text(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+# ------------------------------------------------------------------------------------------------------------- collect
+
+
+def collect(runs: Path) -> None:
+    """Bring the complete runs made from a clean tree into results/ and figures/, then write the READMEs' results blocks."""
+    for paper in papers():
+        for experiment, records in yours(paper, runs).items():
+            config = config_of(paper, experiment)
+            if config is None:
+                continue
+            path = ROOT / paper / "results" / f"{experiment}.json"
+            kept = {record["seed"]: record for record in (read_json(path) if path.exists() else [])}
+            taken = []
+            for record in records:
+                reason = not_comparable(record, config) or unclean(record)
+                if reason:
+                    print(f"{paper} {experiment} seed {record['seed']}: left out: {reason}")
+                else:
+                    kept[record["seed"]] = record
+                    taken.append(record["seed"])
+            if not taken:
+                continue
+            run.write_json(path, [kept[seed] for seed in sorted(kept)])
+            print(f"{path.relative_to(ROOT)}: seeds {', '.join(map(str, sorted(kept)))}")
+            if min(kept) in taken:  # the pictures of the first seed, never of the prettiest
+                for picture in sorted((runs / paper / experiment / f"seed{min(kept)}" / "figures").glob("*.png")):
+                    target = ROOT / paper / "figures" / f"{experiment}-{picture.name}"
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(picture, target)
+    for path, text in blocks().items():
+        with run.atomic(path) as file:
+            file.write(text)
+        print(f"{path.relative_to(ROOT)}: results block written")
+
+
+def unclean(record: dict) -> str | None:
+    """Why a record cannot be traced to commits, or None where it can."""
+    for part, provenance in (("trained", record["provenance"]), ("evaluated", record["provenance"]["evaluation"])):
+        if provenance["git_commit"] is None or provenance["git_dirty"]:
+            return f"{part} from a tree that was not clean"
+    return None
+
+
+def blocks() -> dict[Path, str]:
+    """The READMEs with their results blocks as the committed results give them."""
+    written = {}
+    glance = []
+    for paper in papers():
+        rows = table(paper, None)
+        done = [row for row in rows[1:] if row[4] != "–"]
+        missing = len(rows) - 1 - len(done)
+        heading = f"**[{paper}]({paper}/README.md)**"
+        glance += [heading, as_markdown([rows[0], *done]), f"{missing} more rows are not run yet: `make diff` lists them."]
+        body = [as_markdown(rows), reference_runs(paper), pictures(paper)]
+        path = ROOT / paper / "README.md"
+        written[path] = with_block(path, "\n\n".join(part for part in body if part))
+    path = ROOT / "README.md"
+    written[path] = with_block(path, "\n\n".join(glance))
+    return written
+
+
+def reference_runs(paper: str) -> str:
+    """One row per experiment: what its numbers come from."""
+    rows = [["reference runs", "seeds", "epochs", "precision", "torch", "device, threads", "training, mean", "commits"]]
+    for experiment, records in references(paper).items():
+        provenances = [record["provenance"] for record in records]
+
+        def each(key: str, provenances=provenances) -> str:
+            return ", ".join(dict.fromkeys(str(p[key]) for p in provenances))
+
+        commits = dict.fromkeys(c[:7] for p in provenances for c in p["git_commits"])
+        minutes = statistics.fmean(p["training_seconds"] for p in provenances) / 60
+        seeds = ", ".join(str(record["seed"]) for record in records)
+        where = f"{each('device')}, {each('threads')}"
+        rows.append([experiment, seeds, each("epochs"), each("precision"), each("torch"), where, f"{minutes:.1f} min", ", ".join(commits)])
+    return as_markdown(rows) if len(rows) > 1 else ""
+
+
+def pictures(paper: str) -> str:
+    """The figures of the reference runs, first seed, folded by experiment."""
+    parts = []
+    for experiment in references(paper):
+        files = sorted(p for p in (ROOT / paper / "figures").glob(f"{experiment}-*.png") if experiment_of(paper, p) == experiment)
+        images = "\n".join(f"![{p.stem}](figures/{p.name})" for p in files)
+        if images:
+            parts.append(f"<details><summary>Figures of {experiment}</summary>\n\n{images}\n\n</details>")
+    return "\n".join(parts)
+
+
+def experiment_of(paper: str, picture: Path) -> str:
+    """mnist-first-labels-samples.png is of mnist-first-labels, not of mnist."""
+    return max((e for e in references(paper) if picture.name.startswith(f"{e}-")), key=len, default="")
+
+
+def with_block(path: Path, content: str) -> str:
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise UserError(f"{path}: expected one line {BEGIN!r} and one {END!r} around the results block")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{content}\n\n{END}{rest.split(END)[1]}"
+
+
+# ------------------------------------------------------------------------------------------------------------- pending
+
+
+def pending(runs: Path) -> list[list[str]]:
+    """The reference runs still missing, the most valuable first: experiment, seeds, needs, cost, and how far they are here."""
+    rows = [["target", "missing seeds", "needs", "cost of a seed", "here"]]
+    for paper in papers():
+        _, _, wanted = published(paper)
+        records = references(paper)
+        for item in wanted:
+            experiment = item["experiment"]
+            config = config_of(paper, experiment)
+            if config is None:
+                continue
+            good = [r for r in records.get(experiment, []) if not not_comparable(r, config)]
+            missing = sorted(set(range(item["seeds"])) - {r["seed"] for r in good})
+            if not missing:
+                continue
+            seconds = [r["provenance"]["training_seconds"] for r in good]
+            cost = f"{statistics.fmean(seconds) / 3600:.2f} h measured" if seconds else f"{item['hours']:g} h estimated"
+            here = []
+            for seed in missing:
+                log = runs / paper / experiment / f"seed{seed}" / "log.csv"
+                if log.exists():
+                    here.append(f"seed {seed}: epoch {len(log.read_text().splitlines()) - 1} of {config.epochs}")
+            shown = ", ".join(map(str, missing))
+            rows.append([f"{paper}-{experiment}", shown, item["needs"], cost, "; ".join(here) or "–"])
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = run.Parser(prog="python -m common.diff")
+    parser.add_argument("what", choices=("show", "collect", "check", "pending"))
+    parser.add_argument("papers", nargs="*", help="show: these alone")
+    parser.add_argument("--experiment", help="show: the rows of its data set alone")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    options = parser.parse_all(argv)
+    for paper in options.papers:
+        if paper not in papers():
+            raise UserError(f"unknown paper {paper!r}{run.nearest(paper, papers())}")
+    if options.what == "show":
+        for paper in options.papers or papers():
+            print(f"\n{paper}\n{as_text(table(paper, yours(paper, options.runs), options.experiment))}")
+    elif options.what == "collect":
+        collect(options.runs)
+    elif options.what == "check":
+        stale = [str(path.relative_to(ROOT)) for path, text in blocks().items() if path.read_text(encoding="utf-8") != text]
+        if stale:
+            raise run.RunFailed(f"results blocks out of date: {', '.join(stale)}; run make results")
+    else:
+        rows = pending(options.runs)
+        print(as_text(rows) if len(rows) > 1 else "no reference run is missing")
+
+
+if __name__ == "__main__":
+    run.exit_with(main)
