@@ -1,0 +1,63 @@
+"""What the tests share: the real command lines, a tiny experiment, and the data folder where there is one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--hidden-dim", "32", "--threads", "1"]  # digits in a fraction of a second an epoch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder with the real data sets; tests that need it are skipped where it is not there."""
+    root = Path(os.environ.get("DATA", "data"))
+    root = root if root.is_absolute() else ROOT / root
+    if not (root / "MNIST/raw/train-images-idx3-ubyte").exists():
+        pytest.skip(f"no MNIST in {root}; name the folder with DATA=")
+    return root
+
+
+def command(*arguments: str, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+def run_command(*arguments: str, **kwargs) -> tuple[int, str, str]:
+    """A real command line to its end: exit code, standard output, standard error."""
+    process = command(*arguments, **kwargs)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def call(main, *arguments: str, capsys) -> tuple[int, str, str]:
+    """The same in this process, for the many cases where a new Python each would take minutes."""
+    from common.run import exit_with
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        exit_with(lambda: main([str(a) for a in arguments]))
+    out, err = capsys.readouterr()
+    return stopped.value.code, out, err
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A runs folder with a digits run, trained and evaluated by the real command lines."""
+    runs = tmp_path_factory.mktemp("trained")
+    arguments = ["digits", "--runs", runs, "--seed", "3", "--threads", "1"]
+    code, out, err = run_command("segma.train", *arguments, "--epochs", "12")
+    assert code == 0, err
+    code, out, err = run_command("segma.eval", *arguments)
+    assert code == 0, err
+    return runs

@@ -1,0 +1,228 @@
+"""The command lines as a person types them: help, mistakes, kills, a full disk, make."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from segma import eval as segma_eval
+from segma import train as segma_train
+from tests.conftest import ROOT, TINY, call, command, run_command
+
+RUN = ["segma.train", "digits", *TINY]
+
+
+def checkpoint(runs, experiment="digits", seed=0) -> dict:
+    return torch.load(runs / f"segma/{experiment}/seed{seed}/checkpoint.pt", weights_only=True)
+
+
+def assert_same(a, b, path="") -> None:
+    """Equal bit for bit, wall-clock values aside."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a.keys() - {"seconds", "epoch_seconds", "sessions"}:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def log_without_clock(runs) -> list[str]:
+    lines = (runs / "segma/digits/seed0/log.csv").read_text().splitlines()
+    return [line.rsplit(",", 1)[0] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("uninterrupted")
+    code, _, err = run_command(*RUN, "--epochs", "40", "--runs", runs)
+    assert code == 0, err
+    return runs
+
+
+def test_killed_at_random_moments_a_run_ends_with_the_same_bits(uninterrupted, tmp_path):
+    """SIGKILL with a checkpoint after every step, so that most kills fall inside a write; then run to the end."""
+    moments = random.Random(0)
+    arguments = [*RUN, "--epochs", "40", "--runs", tmp_path]
+    for _ in range(4):
+        process = command(*arguments, "--save-every", "0")
+        log = tmp_path / "segma/digits/seed0/log.csv"
+        while not log.exists() and process.poll() is None:  # at least one epoch, so that there is something to resume
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, 0.8))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        log.unlink(missing_ok=True)
+    code, out, err = run_command(*arguments)
+    assert code == 0 and "resuming at epoch" in out, err
+    assert_same(checkpoint(tmp_path), checkpoint(uninterrupted))
+    assert log_without_clock(tmp_path) == log_without_clock(uninterrupted)
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+def test_ctrl_c_and_sigterm_save_and_lose_nothing(uninterrupted, tmp_path, number, code, word):
+    arguments = [*RUN, "--epochs", "40", "--runs", tmp_path]
+    process = command(*arguments)
+    log = tmp_path / "segma/digits/seed0/log.csv"
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and f"{word}: saved after epoch" in err and err.count("\n") == 1
+    done = checkpoint(tmp_path)["total_steps"]
+    assert done > 0
+    code, out, err = run_command(*arguments)
+    assert code == 0 and f"resuming at epoch {done // 14 + 1} of 40, step {done % 14}" in out, err
+    assert_same(checkpoint(tmp_path), checkpoint(uninterrupted))
+    code, out, _ = run_command(*arguments)
+    assert code == 0 and "complete, 40 epochs done" in out
+
+
+def test_a_full_disk_while_saving_keeps_the_last_checkpoint(uninterrupted, tmp_path):
+    subprocess.run(["cp", "-r", f"{uninterrupted}/.", tmp_path], check=True)
+    before = (tmp_path / "segma/digits/seed0/checkpoint.pt").read_bytes()
+
+    def no_room():  # no file may grow beyond 20 kB: the log still fits, pictures and checkpoints do not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    code, _, err = run_command(*RUN, "--epochs", "41", "--runs", tmp_path, preexec_fn=no_room)
+    assert code == 1 and err.startswith("failed: ") and "too large" in err and "intact" in err and err.count("\n") == 1
+    assert (tmp_path / "segma/digits/seed0/checkpoint.pt").read_bytes() == before
+    assert not list((tmp_path / "segma/digits/seed0").glob(".*part"))
+    code, _, err = run_command(*RUN, "--epochs", "41", "--runs", tmp_path)
+    assert code == 0, err
+
+
+def test_a_damaged_checkpoint_falls_back_aloud(uninterrupted, tmp_path):
+    subprocess.run(["cp", "-r", f"{uninterrupted}/.", tmp_path], check=True)
+    assert run_command(*RUN, "--epochs", "41", "--runs", tmp_path)[0] == 0
+    path = tmp_path / "segma/digits/seed0/checkpoint.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    code, out, err = run_command(*RUN, "--epochs", "41", "--runs", tmp_path)
+    assert code == 0 and "checkpoint.pt: damaged" in err and "resuming at epoch 41" in out
+    assert checkpoint(tmp_path)["epoch"] == 41
+
+
+def test_a_loss_that_is_not_finite_names_the_step(tmp_path, capsys):
+    arguments = ["digits", *TINY, "--runs", tmp_path, "--epochs", "2", "--learning-rate", "1e30", "--grad-clip-norm", "none"]
+    code, _, err = call(segma_train.main, *arguments, capsys=capsys)
+    assert code == 1 and "not finite, first at step 2 (epoch 1); nothing was saved" in err
+
+
+def test_two_processes_on_one_run(tmp_path, capsys):
+    process = command(*RUN, "--epochs", "100000", "--runs", tmp_path)
+    log = tmp_path / "segma/digits/seed0/log.csv"
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.02)
+    code, _, err = call(segma_train.main, *RUN[1:], "--epochs", "100000", "--runs", tmp_path, capsys=capsys)
+    process.kill()
+    process.communicate()
+    assert code == 2 and "another process is training this run" in err
+
+
+MISTAKES = [
+    (["mnits"], "unknown experiment 'mnits'; did you mean mnist?"),
+    (["zebra"], "known: digits, mnist, mnist-first-labels"),
+    (["digits", "--learing-rate", "1"], "unknown argument '--learing-rate'; did you mean --learning-rate?"),
+    (["digits", "--epocs=3"], "unknown argument '--epocs=3'; did you mean --epochs?"),
+    (["digits", "--epochs", "0"], "--epochs: 0 is out of range; allowed: >= 1"),
+    (["digits", "--epochs", "many"], "--epochs: expected int, found 'many'"),
+    (["digits", "--labels", "frist"], "--labels: 'frist' is not one of random, stratified, first"),
+    (["digits", "--precision", "fp16"], "argument --precision: invalid choice: 'fp16'"),
+    (["digits", "--seed", "-1"], "--seed: -1 is out of range"),
+    (["digits", "--threads", "-2"], "--threads: -2 is out of range"),
+    (["digits", "--device", "tpu"], "--device: 'tpu' is not one of auto, cpu, cuda"),
+    (["digits", "extra"], "unknown argument 'extra'"),
+    ([], "the following arguments are required: experiment"),
+    (["digits", "--n-labels", "5000"], "n_labels: 5000 labels asked for, but the training set has 1437"),
+    (["digits", "--n-labels", "11"], "has none of class"),
+    (["digits", "--n-components", "7"], "n_components: 7 components cannot stand for the 10 classes"),
+    (["digits", "--batch-unlabelled", "2000"], "batch_unlabelled: 2000 is more than the 1437 training images"),
+    (["mnist", "--data", "/nonexistent/folder"], "mnist: no data in /nonexistent/folder/MNIST/raw"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), MISTAKES, ids=[" ".join(a) or "nothing" for a, _ in MISTAKES])
+def test_mistakes_get_one_line_and_code_2(arguments, complaint, tmp_path, capsys, monkeypatch):
+    def no_network(*a, **k):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", no_network)
+    if "/nonexistent/folder" in arguments:  # somewhere that cannot be made, whoever runs the test
+        (tmp_path / "file").write_text("")
+        arguments = [str(tmp_path / "file") if a == "/nonexistent/folder" else a for a in arguments]
+        complaint = complaint.replace("/nonexistent/folder", str(tmp_path / "file"))
+    code, out, err = call(segma_train.main, *arguments, "--runs", tmp_path / "runs", capsys=capsys)
+    assert code == 2 and err.startswith("error: ") and complaint in err and err.count("\n") == 1
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_cuda_asked_for_and_absent(tmp_path, capsys):
+    code, _, err = call(segma_train.main, "digits", "--device", "cuda", "--runs", tmp_path, capsys=capsys)
+    assert code == 2 and "--device: cuda asked for, but this machine has 0 CUDA devices. Use --device cpu" in err
+
+
+def test_a_runs_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    code, _, err = call(segma_train.main, "digits", "--runs", tmp_path / "file", capsys=capsys)
+    assert code == 2 and "cannot be written" in err and "--runs" in err
+
+
+def test_eval_without_a_run(tmp_path, capsys):
+    code, _, err = call(segma_eval.main, "digits", "--runs", tmp_path, capsys=capsys)
+    assert code == 2 and "no trained run here" in err
+    assert call(segma_eval.main, "digitz", "--runs", tmp_path, capsys=capsys)[0] == 2
+
+
+def test_a_mistake_on_the_real_command_line_prints_no_traceback():
+    code, out, err = run_command("segma.train", "digits", "--learing-rate", "1")
+    assert code == 2 and out == "" and err.count("\n") == 1 and "Traceback" not in err
+    code, out, _ = run_command("segma.train", "--help")
+    assert code == 0 and "--learning-rate" in out and "--seed" in out
+
+
+def test_describe_needs_no_data(capsys):
+    code, out, _ = call(segma_train.main, "mnist", "--describe", "--data", "/nonexistent", capsys=capsys)
+    assert code == 0 and "total: 3,728,254 parameters" in out and "dataset: mnist" in out
+
+
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "DATA")} | environment
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_make_alone_lists_every_target():
+    out = make().stdout
+    for path in ROOT.glob("*/configs/*.yaml"):
+        assert f"make {path.parent.parent.name}-{path.stem} " in out
+    for target in ("setup", "test", "diff", "results", "pending", "clean"):
+        assert f"make {target} " in out
+
+
+def test_a_new_yaml_file_is_a_new_target(tmp_path):
+    subprocess.run(["cp", "-r", "Makefile", "segma", tmp_path], cwd=ROOT, check=True)
+    (tmp_path / "segma/configs/my-own.yaml").write_text("# Something of mine.\n")
+    out = subprocess.run(["make"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "make segma-my-own" in out and "Something of mine." in out
+
+
+def test_make_trains_evaluates_and_prints_the_diff(tmp_path):
+    done = make("segma-digits", f"PYTHON={sys.executable}", "EPOCHS=1", "SEEDS=4 5", f"RUNS={tmp_path}", "THREADS=1")
+    assert done.returncode == 0, done.stderr
+    for seed in (4, 5):
+        assert (tmp_path / f"segma/digits/seed{seed}/eval.json").exists()
+    assert "not comparable: 1 of" in done.stdout and "verdict" in done.stdout

@@ -1,0 +1,216 @@
+"""The diff: verdicts against hand-computed intervals, records that do not count, and READMEs that are current."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+
+from common import diff, run
+from segma.train import Config
+from tests.conftest import ROOT, call
+
+# Tables I, II and III, transcribed from the paper; columns MNIST, SVHN, CelebA.
+TABLES = {
+    ("Table I", "fid"): {
+        "CWAE": (20.76, 49.30, 51.94),
+        "SeGMA unsupervised": (17.79, 61.11, 51.13),
+        "M1+M2": (40.50, 142.11, 70.96),
+        "ADGM": (14.50, 55.54, 51.96),
+        "SeGMA": (12.51, 63.80, 50.54),
+    },
+    ("Table II", "test_error"): {"M1+M2": (17.0, 65.7, 44.5), "ADGM": (4.1, 41.2, 41.7), "SeGMA": (12.7, 32.8, 24.6)},
+    ("Table III", "fid_interpolation"): {
+        "M1+M2": (56.38, 176.89, 88.24),
+        "ADGM": (21.75, 76.66, 63.60),
+        "SeGMA": (13.40, 63.47, 48.14),
+    },
+}
+
+
+def test_published_yaml_is_tables_i_to_iii_each_cell_once():
+    entries, _, _ = diff.published("segma")
+    found = {(e.where, e.metric, e.system): e.value for e in entries}
+    expected = {
+        (f"{where}, {column}", metric, system): value
+        for (where, metric), rows in TABLES.items()
+        for system, values in rows.items()
+        for column, value in zip(("MNIST", "SVHN", "CelebA"), values, strict=True)
+    }
+    assert found == expected and len(entries) == len(expected) == 33
+    assert len({e.id for e in entries}) == 33
+
+
+def entry(**changes) -> diff.Entry:
+    fields = dict(id="x", where="", system="", dataset="", experiment="", metric="", unit="", better="lower", value=3.0,
+                  spread=None, spread_is=None, trials=None, needs="")  # fmt: skip
+    return diff.Entry(**{**fields, **changes})
+
+
+def test_a_single_published_value_matches_inside_the_prediction_interval():
+    values = [1.0, 2.0, 3.0, 4.0, 5.0]  # mean 3, s 1.5811; t(0.975, 4) = 2.7764; half-width 2.7764 · 1.5811 · √1.2 = 4.8089
+    assert diff.verdict(values, entry(value=7.80)) == "match (95 % of seeds in [-1.809, 7.809])"
+    assert diff.verdict(values, entry(value=7.82)).startswith("better")  # ours is lower, and lower is better
+    assert diff.verdict(values, entry(value=-1.82)).startswith("worse")
+    assert diff.verdict(values, entry(value=7.82, better="higher")).startswith("worse")
+
+
+def test_a_published_mean_matches_inside_the_welch_interval():
+    from scipy.stats import ttest_ind_from_stats
+
+    values = [3.1, 3.4, 2.9, 3.3, 3.6, 3.2]
+    mean, s = sum(values) / 6, 0.2428991560298224
+    for value in (2.5, 3.0, 3.3, 3.5, 3.8):
+        for spread_is, spread in (("sd", 0.39), ("se", 0.39 / math.sqrt(10))):
+            p = ttest_ind_from_stats(mean, s, 6, value, 0.39, 10, equal_var=False).pvalue
+            word = diff.verdict(values, entry(value=value, spread=spread, spread_is=spread_is, trials=10)).split()[0]
+            assert word == ("match" if p > 0.05 else "better" if mean < value else "worse")
+
+
+def test_few_seeds_are_indicative_and_counts_match_when_equal():
+    assert diff.verdict([1.0] * 4, entry()) == "indicative"
+    assert diff.verdict([101.0], entry(better="equal", value=101)) == "match"
+    assert diff.verdict([100.0], entry(better="equal", value=101)) == "differs"
+
+
+def record(**provenance) -> dict:
+    config = run.experiment_config("segma", Config, "digits")
+    from dataclasses import asdict
+
+    return {
+        "experiment": "digits",
+        "seed": 0,
+        "metrics": {"test_error": 10.0},
+        "config": asdict(config),
+        "config_hash": run.config_hash(config),
+        "provenance": {
+            "epochs": config.epochs, "data": "digits", "data_digest": diff.official_digest("digits"), "data_official": True,
+            "train_images": 1437, "test_images": 360, **provenance,
+        },
+    }  # fmt: skip
+
+
+def test_records_that_are_not_the_experiments_do_not_count():
+    config = run.experiment_config("segma", Config, "digits")
+    assert diff.not_comparable(record(), config) is None
+    assert diff.not_comparable(record(epochs=3), config) == f"3 of {config.epochs} epochs"
+    assert "unofficial data (9 + 4 images)" in diff.not_comparable(record(data_official=False, train_images=9, test_images=4), config)
+    assert "other data" in diff.not_comparable(record(data_digest="0" * 16), config)
+    other = run.experiment_config("segma", Config, "digits", {"learning_rate": 0.1})
+    changed = record() | {"config": record()["config"] | {"learning_rate": 0.1}, "config_hash": run.config_hash(other)}
+    assert diff.not_comparable(changed, config) == "another config (learning_rate 0.1)"
+    assert diff.split_comparable([record(), record(epochs=3)], config, "test_error") == ([10.0], [f"3 of {config.epochs} epochs"])
+
+
+def test_config_hash_leaves_old_runs_as_they_were():
+    base = Config()
+    assert run.config_hash(base) == run.config_hash(Config(epochs=3))
+    assert run.config_hash(base) != run.config_hash(Config(learning_rate=1e-3))
+    assert run.config_hash(base) == run.config_hash(Config(**{"learning_rate": base.learning_rate}))
+
+
+def test_committed_results_are_whole_runs_from_clean_trees():
+    for paper in diff.papers():
+        for experiment, records in diff.references(paper).items():
+            config = diff.config_of(paper, experiment)
+            assert config is not None, f"results of an experiment that is gone: {experiment}"
+            assert len({r["seed"] for r in records}) == len(records)
+            for r in records:
+                assert diff.not_comparable(r, config) is None and diff.unclean(r) is None
+                assert all(math.isfinite(v) for v in r["metrics"].values())
+
+
+def test_results_blocks_are_current(capsys):
+    code, _, err = call(diff.main, "check", capsys=capsys)
+    assert code == 0, err
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A copy of the READMEs, configs and published numbers, without results, for `collect` to write into."""
+    for path in ("README.md", "segma/README.md", "segma/published.yaml"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    shutil.copytree(ROOT / "segma/configs", tmp_path / "segma/configs")
+    monkeypatch.setattr(diff, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    return tmp_path
+
+
+def put_run(runs, trained, seed: int, **provenance) -> None:
+    """An evaluated run, as if it had been trained to the end from a clean tree."""
+    folder = runs / f"segma/digits/seed{seed}"
+    shutil.copytree(trained / "segma/digits/seed3/figures", folder / "figures")
+    result = json.loads((trained / "segma/digits/seed3/eval.json").read_text()) | {"seed": seed}
+    clean = {"git_commit": "a" * 40, "git_dirty": False}
+    epochs = run.experiment_config("segma", Config, "digits").epochs
+    result["provenance"] |= {"epochs": epochs, "git_commits": ["a" * 40], "evaluation": clean, **clean, **provenance}
+    result["metrics"]["test_error"] = 10.0 + seed
+    (folder / "eval.json").write_text(json.dumps(result))
+
+
+def test_collect_takes_whole_clean_runs_and_leaves_out_the_rest(house, trained, capsys, tmp_path):
+    runs = tmp_path / "runs"
+    for seed in (1, 2):
+        put_run(runs, trained, seed)
+    put_run(runs, trained, 4, git_dirty=True)
+    put_run(runs, trained, 5, epochs=7)
+    code, out, err = call(diff.main, "collect", "--runs", runs, capsys=capsys)
+    assert code == 0, err
+    assert "seed 4: left out: trained from a tree that was not clean" in out and "seed 5: left out: 7 of" in out
+    records = json.loads((house / "segma/results/digits.json").read_text())
+    assert [r["seed"] for r in records] == [1, 2]
+    assert (house / "segma/figures/digits-samples.png").exists()
+    text = (house / "segma/README.md").read_text()
+    assert "| 11.5 ± 0.71 % (n=2) |" in text and "figures/digits-samples.png" in text
+    assert "11.5 ± 0.71 % (n=2)" in (house / "README.md").read_text()
+    put_run(runs, trained, 0)
+    call(diff.main, "collect", "--runs", runs, capsys=capsys)
+    assert [r["seed"] for r in json.loads((house / "segma/results/digits.json").read_text())] == [0, 1, 2]
+    assert call(diff.main, "check", capsys=capsys)[0] == 0
+    (house / "README.md").write_text((house / "README.md").read_text().replace("(n=3)", "(n=9)"))
+    code, _, err = call(diff.main, "check", capsys=capsys)
+    assert code == 1 and "README.md; run make results" in err
+
+
+def test_show_and_pending(house, trained, capsys, tmp_path):
+    runs = tmp_path / "runs"
+    code, out, _ = call(diff.main, "pending", "--runs", runs, capsys=capsys)
+    assert code == 0 and re.search(r"segma-digits +0, 1, 2, 3, 4, 5, 6, 7, 8, 9 +nothing", out)
+    for seed in range(10):
+        put_run(runs, trained, seed)
+    call(diff.main, "collect", "--runs", runs, capsys=capsys)
+    code, out, _ = call(diff.main, "show", "segma", "--experiment", "digits", "--runs", runs, capsys=capsys)
+    assert code == 0 and re.search(r"digits +– +14.5 ± 3 % \(n=10\) +– +14.5 ± 3 % \(n=10\) +yours as the reference", out)
+    assert "segma-digits" not in call(diff.main, "pending", "--runs", runs, capsys=capsys)[1]
+    (runs / "segma/mnist/seed2").mkdir(parents=True)
+    (runs / "segma/mnist/seed2/log.csv").write_text("epoch\n1\n2\n")
+    assert "seed 2: epoch 2 of 500" in call(diff.main, "pending", "--runs", runs, capsys=capsys)[1]
+
+
+def test_damaged_inputs_of_the_diff(house, capsys, tmp_path):
+    folder = tmp_path / "runs/segma/digits/seed0"
+    folder.mkdir(parents=True)
+    (folder / "eval.json").write_text('{"experiment": "dig')
+    code, _, err = call(diff.main, "show", "--runs", tmp_path / "runs", capsys=capsys)
+    assert code == 2 and "eval.json: not valid JSON" in err and err.count("\n") == 1
+    assert call(diff.main, "show", "sigma", capsys=capsys)[0] == 2
+    (house / "segma/published.yaml").write_text("entries:\n  - {id: x}\n")
+    code, _, err = call(diff.main, "show", capsys=capsys)
+    assert code == 2 and "published.yaml: an entry is not complete" in err
+
+
+def test_the_readmes_links_lead_to_what_they_name():
+    text = (ROOT / "segma/README.md").read_text()
+    links = re.findall(r"\[`(\w+)`\]\(([\w./]+)#L(\d+)\)", text)
+    assert len(links) > 20
+    for name, file, line in links:
+        found = (ROOT / "segma" / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"(def|class) {name}\b", found), f"{name} is not at {file}:{line}"
+
+
+def test_the_readmes_pictures_exist():
+    for readme in (ROOT / "README.md", *ROOT.glob("*/README.md")):
+        for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme.read_text()):
+            assert (readme.parent / target).exists()

@@ -1,0 +1,278 @@
+"""A run on disk: configs, checkpoints, the log, the lock; what happens when any of it goes wrong."""
+
+import os
+import pickle
+import re
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import run
+from common.run import Count, NonNegative, Positive, RunFailed, UserError
+from segma.train import Config
+from tests.conftest import ROOT
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class Small:
+    size: Count = 3
+    rate: Positive = 0.5
+    weight: NonNegative = 0.0
+    kind: typing.Literal["a", "b"] = "a"
+    clip: Positive | None = None
+    flag: bool = False
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"sise": 3}, "unknown key 'sise'; did you mean size?"),
+        ({"size": 0}, "size: 0 is out of range; allowed: >= 1"),
+        ({"size": 2.5}, "size: expected int, found 2.5"),
+        ({"size": True}, "size: expected int, found True"),
+        ({"rate": 0.0}, "rate: 0.0 is out of range; allowed: > 0"),
+        ({"rate": "3e-4"}, "rate: expected float, found '3e-4' (write 3.0e-4"),
+        ({"rate": float("nan")}, "rate: nan is not a finite number"),
+        ({"rate": float("inf")}, "rate: inf is not a finite number"),
+        ({"weight": -1.0}, "weight: -1.0 is out of range"),
+        ({"kind": "c"}, "kind: 'c' is not one of a, b"),
+        ({"kind": 3}, "kind: 3 is not one of a, b"),
+        ({"clip": [1]}, "clip: expected float, found [1]"),
+        ({"flag": "yes"}, "flag: expected bool, found 'yes'"),
+        ({"rate": None}, "rate: expected float, found None"),
+    ],
+)
+def test_wrong_values_are_refused_with_what_is_allowed(values, complaint):
+    with pytest.raises(UserError) as error:
+        run.make_config(Small, values, "x.yaml")
+    assert str(error.value).startswith("x.yaml: ") and complaint in str(error.value)
+
+
+def test_right_values_are_taken():
+    config = run.make_config(Small, {"size": 7, "rate": 1, "kind": "b", "clip": 2.0, "flag": True}, "")
+    assert config == Small(7, 1.0, 0.0, "b", 2.0, True) and type(config.rate) is float
+    assert run.make_config(Small, {"clip": None}, "").clip is None
+
+
+NOT_CONFIGS = ["- 1\n- 2\n", "a: [1\n", "", "text", "!!python/object/apply:os.system ['touch never']", "\x00", "a: &x [*x]", "a:\n\tb"]
+
+
+@pytest.mark.parametrize("content", NOT_CONFIGS)
+def test_yaml_that_is_not_a_config(tmp_path, content):
+    path = tmp_path / "x.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        run.make_config(Small, run.read_yaml(path), str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_flags_are_read_as_their_fields_types():
+    hints = typing.get_type_hints(Small, include_extras=True)
+    assert run.parse_flag("rate", "3e-4", hints["rate"]) == 3e-4
+    assert run.parse_flag("size", "12", hints["size"]) == 12
+    assert run.parse_flag("clip", "none", hints["clip"]) is None
+    assert run.parse_flag("flag", "true", hints["flag"]) is True
+    for name, text in (("size", "2.5"), ("size", "x"), ("rate", "fast"), ("rate", "nan"), ("flag", "1"), ("kind", "z"), ("size", "-1")):
+        with pytest.raises(UserError, match=f"^--{name}: "):
+            run.parse_flag(name, text, hints[name])
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*/configs/*.yaml")), ids=lambda p: f"{p.parent.parent.name}-{p.stem}")
+def test_every_config_is_complete_and_every_value_has_a_source(path):
+    values = run.read_yaml(path)
+    config = run.make_config(Config, values, str(path))
+    assert set(values) == {f.name for f in __import__("dataclasses").fields(config)}
+    lines = path.read_text().splitlines()
+    assert re.match(r"# \S", lines[0])  # what `make` shows
+    for line in lines[1:]:
+        assert re.match(r"\w+: \S+ +# .*(Sec\.|Table|eq\.|authors' code|ours: |as mnist)", line), f"{path.name}: no source: {line}"
+
+
+# ---------------------------------------------------------------------------------------------------------- randomness
+
+
+def test_generators_differ_by_seed_and_purpose_and_repeat():
+    def draw(*stream):
+        return torch.rand(3, generator=run.generator(*stream)).tolist()
+
+    assert draw(0, "order", 1) == draw(0, "order", 1)
+    assert len({tuple(draw(*s)) for s in ((0, "order", 1), (0, "order", 2), (1, "order", 1), (0, "labels"), (0, "order", "1"))}) == 5
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def states(n: int = 3) -> list[dict]:
+    return [{"step": i, "weights": torch.full((500,), float(i)), "names": ["a", None, 1.5]} for i in range(n)]
+
+
+def test_a_checkpoint_comes_back_and_plain_torch_load_opens_it(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    assert run.load_checkpoint(path) is None
+    for state in states():
+        run.save_checkpoint(path, state)
+    assert run.load_checkpoint(path)["step"] == 2 and run.load_checkpoint(run.previous(path))["step"] == 1
+    assert torch.equal(torch.load(path, weights_only=True)["weights"], torch.full((500,), 2.0))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.previous.pt", "checkpoint.pt"]
+
+
+def test_any_flipped_byte_or_cut_falls_back_aloud(tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    for state in states():
+        run.save_checkpoint(path, state)
+    content = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.randint(len(content), (60,), generator=generator).tolist() + [0, len(content) - 1, len(content) - 65]
+    damaged = [content[:p] + bytes([content[p] ^ 1]) + content[p + 1 :] for p in positions]
+    damaged += [content[:p] for p in (0, 1, 63, 64, 65, len(content) // 2, len(content) - 1)] + [content + b"\0"]
+    for broken in damaged:
+        path.write_bytes(broken)
+        assert run.load_checkpoint(path)["step"] == 1
+        assert "damaged" in capsys.readouterr().err
+    run.previous(path).write_bytes(b"also broken")
+    with pytest.raises(UserError, match="Nothing to resume from"):
+        run.load_checkpoint(path)
+
+
+def test_a_checkpoint_that_carries_code_does_not_run_it(tmp_path):
+    import hashlib
+    import io
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    buffer = io.BytesIO()
+    torch.save({"step": Evil()}, buffer)
+    payload = buffer.getvalue()[:-2] + (64).to_bytes(2, "little")
+    (tmp_path / "checkpoint.pt").write_bytes(payload + hashlib.sha256(payload).hexdigest().encode())
+    with pytest.raises(UserError, match="damaged"):
+        run.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("broken_call", ["os.replace", "os.fsync"])
+def test_a_failing_disk_leaves_the_previous_file_whole(tmp_path, monkeypatch, broken_call):
+    path = tmp_path / "checkpoint.pt"
+    first, second, third = states()
+    run.save_checkpoint(path, first)
+    run.save_checkpoint(path, second)
+
+    def full(*a, **k):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(broken_call, full)
+    with pytest.raises(OSError):
+        run.save_checkpoint(path, third)
+    monkeypatch.undo()
+    assert run.load_checkpoint(path)["step"] == 1
+    assert not list(tmp_path.glob(".*part"))
+
+
+def test_atomic_leaves_nothing_behind_when_the_writer_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    with pytest.raises(ZeroDivisionError), run.atomic(path) as file:
+        file.write("half")
+        1 / 0  # noqa: B018
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["a.txt"]
+
+
+# --------------------------------------------------------------------------------------------------------------- a run
+
+DATA = {"data": "digits", "data_digest": "x", "data_official": True, "train_images": 1, "test_images": 1}
+
+
+def open_run(tmp_path, config=None, **options) -> run.Run:
+    return run.Run("segma", config or Config(epochs=3), run.Options("digits", runs=tmp_path, **options), DATA, torch.device("cpu"))
+
+
+def one_layer():
+    network = torch.nn.Linear(2, 2)
+    return {"layer": network}, {"adam": torch.optim.Adam(network.parameters())}
+
+
+def test_steps_that_are_not_finite_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path):
+    networks, optimizers = one_layer()
+    with open_run(tmp_path) as r:
+        r.resume(networks, optimizers, 10)
+        for _ in range(4):
+            r.after_step({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)})
+        r.save()
+        good = r.path.read_bytes()
+        r.after_step({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(float("inf"))})
+        r.after_step({"loss": torch.tensor(float("nan")), "grad_norm": torch.tensor(1.0)})
+        for close in (r.save, r.after_epoch, r.finish):
+            with pytest.raises(RunFailed, match=r"not finite, first at step 5 \(epoch 1\); the last good checkpoint is kept"):
+                close()
+        assert r.path.read_bytes() == good
+
+
+def test_a_second_process_on_the_folder_is_refused(tmp_path):
+    with open_run(tmp_path), pytest.raises(UserError, match="another process is training this run"), open_run(tmp_path):
+        pass
+    with open_run(tmp_path):
+        pass  # free again
+
+
+def test_a_folder_made_otherwise_is_refused_with_the_difference(tmp_path):
+    networks, optimizers = one_layer()
+    with open_run(tmp_path) as r:
+        r.resume(networks, optimizers, 1)
+        r.after_step({"loss": torch.tensor(1.0)})
+        r.after_epoch()
+        r.finish()
+    before = (r.folder / "config.yaml").read_text(), r.path.read_bytes(), (r.folder / "log.csv").read_text()
+    for changes, complaint in (
+        ({"config": Config(epochs=3, learning_rate=0.1)}, "learning_rate: 0.0003 there, 0.1 asked for"),
+        ({"precision": "bf16"}, "precision: 'fp32' there, 'bf16' asked for"),
+    ):
+        with open_run(tmp_path, **changes) as other, pytest.raises(UserError, match=complaint):
+            other.resume(*one_layer(), 1)
+    other = run.Run("segma", Config(epochs=3), run.Options("digits", runs=tmp_path), DATA | {"data_digest": "y"}, torch.device("cpu"))
+    with other, pytest.raises(UserError, match="data_digest: 'x' there, 'y' asked for"):
+        other.resume(*one_layer(), 1)
+    assert before == ((r.folder / "config.yaml").read_text(), r.path.read_bytes(), (r.folder / "log.csv").read_text())
+    with open_run(tmp_path, config=Config(epochs=9)) as grown:  # epochs may grow
+        grown.resume(*one_layer(), 1)
+        assert grown.epoch == 1
+        grown.after_step({"loss": torch.tensor(1.0)})
+        grown.after_epoch()
+        grown.finish()
+    with open_run(tmp_path, config=Config(epochs=1)) as shrunk, pytest.raises(UserError, match="2 epochs are done already, 1 asked for"):
+        shrunk.resume(*one_layer(), 1)
+
+
+def test_a_field_added_later_leaves_old_runs_as_they_were(tmp_path):
+    networks, optimizers = one_layer()
+    with open_run(tmp_path) as r:
+        r.resume(networks, optimizers, 1)
+        r.after_step({"loss": torch.tensor(1.0)})
+        r.save()
+    state = run.load_checkpoint(r.path)
+    del state["config"]["loss_over"]  # as if the run were older than the field
+    run.save_checkpoint(r.path, state)
+    with open_run(tmp_path) as again:
+        again.resume(networks, optimizers, 1)
+        assert again.step == 1
+
+
+def test_provenance_names_every_commit_and_any_dirty_tree():
+    session = {"torch": "2", "device": "x"}
+    state = {
+        "identity": {"paper": "segma", "experiment": "digits", "seed": 0, "precision": "bf16", "data_digest": "d"},
+        "sessions": [session | {"git_commit": c, "git_dirty": d} for c, d in (("a", False), ("a", True), ("b", False))],
+        "seconds": 12.34,
+        "epoch": 7,
+    }
+    found = run.provenance(state)
+    assert found["git_commit"] == "b" and found["git_commits"] == ["a", "b"] and found["git_dirty"] is True
+    assert found["precision"] == "bf16" and found["epochs"] == 7 and found["training_seconds"] == 12.3
+    assert run.provenance(state | {"sessions": [session | {"git_commit": None, "git_dirty": None}]})["git_dirty"] is True

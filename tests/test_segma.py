@@ -1,0 +1,481 @@
+"""SeGMA's equations against independent oracles, its networks against the paper's text, its training end to end."""
+
+import csv
+import dataclasses
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import hyp1f1
+from scipy.stats import multivariate_normal
+
+from common import run
+from common.data import choose_labels, load
+from segma import model
+from segma.eval import Segma, between, load_run, mean_distances, nearest_classes, points_between, to_bytes
+from segma.train import Config, loss_terms, train_step
+from tests.conftest import ROOT, run_command
+
+
+def exact_phi(s: torch.Tensor, dim: int) -> torch.Tensor:
+    """φ_D(s) = 1F1(1/2; D/2; -s), of which the paper prints the asymptotic form."""
+    return torch.from_numpy(np.asarray(hyp1f1(0.5, dim / 2, -s.numpy())))
+
+
+def random_mixture(k: int, dim: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(k, dim, generator=generator, dtype=torch.float64) * 1.5
+    priors = torch.rand(k, generator=generator, dtype=torch.float64) + 0.2
+    return means, priors / priors.sum()
+
+
+def sample_mixture(n: int, means: torch.Tensor, priors: torch.Tensor, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    components = torch.multinomial(priors, n, replacement=True, generator=generator)
+    return means[components] + torch.randn(n, means.shape[1], generator=generator, dtype=torch.float64)
+
+
+# ----------------------------------------------------------------------------------------------------------- equations
+
+
+@pytest.mark.parametrize(("dim", "bound"), [(10, 0.0235), (20, 0.0106), (32, 0.0064)])
+def test_phi_is_within_its_stated_error_of_the_confluent_hypergeometric_function(dim, bound):
+    s = torch.logspace(-4, 4, 4000, dtype=torch.float64)
+    error = (model.phi(s, dim) / exact_phi(s, dim) - 1).abs().max().item()
+    assert 0.8 * bound < error < bound
+
+
+def test_gaussian_product_is_eq_3_written_out():
+    a, b, alpha, beta, gamma, dim = 1.7, -0.4, 0.5, 1.0, 0.3, 12
+    spread = alpha + beta + 2 * gamma
+    expected = 1 / math.sqrt(2 * math.pi * spread) / math.sqrt(1 + 4 * ((a - b) ** 2 / (2 * spread)) / (2 * dim - 3))
+    found = model.gaussian_product(torch.tensor((a - b) ** 2, dtype=torch.float64), alpha + beta, gamma, dim)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_distance_is_eq_3_summed_over_all_pairs():
+    dim, gamma = 11, 0.41
+    means, priors = random_mixture(4, dim)
+    z = torch.randn(17, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+    def product(a, b, variances):
+        spread = variances + 2 * gamma
+        s = float(((a - b) ** 2).sum()) / (2 * spread)
+        return (1 + 4 * s / (2 * dim - 3)) ** -0.5 / math.sqrt(2 * math.pi * spread)
+
+    m = len(z)
+    zz = sum(product(a, b, 0) for a in z for b in z) / m**2
+    zp = sum(p * product(a, mu, 1) for a in z for p, mu in zip(priors.tolist(), means, strict=True)) / m
+    pairs = [(p, mu) for p, mu in zip(priors.tolist(), means, strict=True)]
+    pp = sum(p * q * product(mu, nu, 2) for p, mu in pairs for q, nu in pairs)
+    found = model.cramer_wold_distance(z, means, priors, gamma).item()
+    assert found == pytest.approx(zz - 2 * zp + pp, rel=1e-10)
+
+
+def test_distance_with_one_standard_normal_is_eq_4():
+    dim, gamma = 10, 0.6
+    z = torch.randn(9, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    one = torch.ones(1, dtype=torch.float64)
+    norms = z.square().sum(1)
+    zz = model.gaussian_product(torch.cdist(z, z).square(), 0, gamma, dim).mean()
+    zn = model.gaussian_product(norms, 1, gamma, dim).mean()
+    nn = 1 / math.sqrt(2 * math.pi * (2 + 2 * gamma))
+    found = model.cramer_wold_distance(z, torch.zeros(1, dim, dtype=torch.float64), one, gamma)
+    assert found.item() == pytest.approx((zz - 2 * zn + nn).item(), rel=1e-10)
+
+
+def test_distance_with_exact_phi_is_the_sliced_kernel_distance():
+    """The definition: the mean over directions v of ∫ (smoothed density of v·Z - that of v·P)² dt, here by quadrature."""
+    dim, gamma, directions = 10, 0.5, 3000
+    means, priors = random_mixture(3, dim)
+    z = sample_mixture(25, means, priors) + 0.7
+    v = torch.randn(directions, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    v = v / v.norm(dim=1, keepdim=True)
+    t = torch.linspace(-14, 14, 700, dtype=torch.float64)
+
+    def density(centres, weights, variance):  # centres: (directions, n) -> (directions, len(t))
+        total = torch.zeros(directions, len(t), dtype=torch.float64)
+        for i, weight in enumerate(weights.tolist()):
+            total += weight * torch.exp(-((t - centres[:, i, None]) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
+        return total
+
+    difference = density(v @ z.T, torch.full((len(z),), 1 / len(z)), gamma) - density(v @ means.T, priors, 1 + gamma)
+    per_direction = difference.square().sum(1) * (t[1] - t[0])
+    estimate, error = per_direction.mean().item(), per_direction.std().item() / math.sqrt(directions)
+    found = model.cramer_wold_distance(z, means, priors, gamma, exact_phi).item()
+    assert error < 0.03 * estimate
+    assert abs(found - estimate) < 4 * error
+
+
+def test_distance_with_exact_phi_goes_to_zero_on_the_mixture_itself_and_not_off_it():
+    dim, gamma = 10, 0.45
+    means, priors = random_mixture(3, dim)
+    on = [model.cramer_wold_distance(sample_mixture(n, means, priors), means, priors, gamma, exact_phi).item() for n in (150, 500, 1500)]
+    assert 0 < on[2] < on[1] < on[0]
+    assert on[2] < 4e-4
+    off = model.cramer_wold_distance(sample_mixture(1500, means, priors) + 0.5, means, priors, gamma, exact_phi).item()
+    assert off > 20 * on[2]
+
+
+def test_asymptotic_phi_leaves_a_few_thousandths():
+    means, priors = random_mixture(3, 10)
+    gamma = model.silverman_bandwidth(10)
+    exact = model.cramer_wold_distance(sample_mixture(1500, means, priors), means, priors, gamma, exact_phi).item()
+    printed = model.cramer_wold_distance(sample_mixture(1500, means, priors), means, priors, gamma).item()
+    assert 0.001 < printed - exact < 0.006
+
+
+def test_distance_in_blocks_is_the_distance_at_once():
+    means, priors = random_mixture(3, 10)
+    z = sample_mixture(2500, means, priors)  # two blocks of rows
+    at_once = model.gaussian_product(torch.cdist(z, z).square(), 0, 0.4, 10).mean()
+    at_once = at_once - 2 * (model.gaussian_product(torch.cdist(z, means).square(), 1, 0.4, 10) @ priors).mean()
+    at_once = at_once + priors @ model.gaussian_product(torch.cdist(means, means).square(), 2, 0.4, 10) @ priors
+    assert model.cramer_wold_distance(z, means, priors, 0.4).item() == pytest.approx(at_once.item(), rel=1e-8)
+
+
+def test_bandwidth_is_silvermans():
+    assert model.silverman_bandwidth(10) == pytest.approx((4 / 30) ** (2 / 5), rel=1e-15)
+    assert Config().codes_per_batch / Config().n_components == 10  # N_c for MNIST
+    assert Config(loss_over="all").codes_per_batch / Config().n_components == 20
+
+
+def test_posterior_is_eq_7_and_classify_its_mode():
+    means, priors = random_mixture(4, 10)
+    z = sample_mixture(50, means, priors)
+    densities = [multivariate_normal(mu.numpy(), np.eye(10)).pdf(z.numpy()) for mu in means]
+    joint = np.stack(densities, 1) * priors.numpy()
+    expected = joint / joint.sum(1, keepdims=True)
+    found = model.log_posterior(z, means, priors).exp().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-15)
+    np.testing.assert_array_equal(model.classify(z, means, priors).numpy(), expected.argmax(1))
+    labels = torch.arange(50) % 4
+    loss = model.classification_loss(z, labels, means, priors).item()
+    assert loss == pytest.approx(-np.log(expected[np.arange(50), labels.numpy()]).mean(), rel=1e-8)  # eq. (5)
+
+
+def test_reconstruction_error_sums_over_pixels_and_averages_over_images():
+    x = torch.zeros(2, 1, 2, 2)
+    y = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 3.0]]).view(2, 1, 2, 2)
+    assert model.reconstruction_error(x, y).item() == pytest.approx((1 + 4 + 9) / 2)
+
+
+def test_style_transfer_ends_at_z_plus_difference_of_means():
+    means, _ = random_mixture(5, 10)
+    z = torch.randn(3, 10, dtype=torch.float64)
+    source, target = torch.tensor([0, 1, 2]), torch.tensor([4, 3, 0])
+    assert torch.equal(model.transfer_style(z, source, target, means), z + (means[target] - means[source]))
+    assert torch.equal(model.transfer_style(z, source, target, means, 0.0), z)
+    halfway = (z + model.transfer_style(z, source, target, means)) / 2
+    torch.testing.assert_close(model.transfer_style(z, source, target, means, 0.5), halfway)
+
+
+def test_intensity_moves_away_from_the_anti_target():
+    means, _ = random_mixture(5, 10)
+    z = means[[1]] + 0.1
+    moved = model.intensify(z, torch.tensor([1]), torch.tensor([3]), means, 0.5)
+    torch.testing.assert_close(moved, z + 0.5 * (means[[1]] - means[[3]]))
+    assert (moved - means[3]).norm() > (z - means[3]).norm()
+
+
+@pytest.mark.parametrize("loss_over", ["unlabelled", "all"])
+def test_gradients_of_eq_9_by_finite_differences(loss_over):
+    config = Config(hidden_dim=5, latent_dim=10, batch_unlabelled=12, batch_labelled=4, n_labels=4, loss_over=loss_over)
+    torch.manual_seed(0)
+    networks = {name: network.double() for name, network in model.build(config).items()}
+    with torch.no_grad():
+        networks["mixture"].means.normal_()
+    x, labelled, labels = torch.rand(12, 1, 28, 28).double(), torch.rand(4, 1, 28, 28).double(), torch.tensor([0, 3, 3, 9])
+
+    def loss() -> torch.Tensor:
+        return loss_terms(networks, x, labelled, labels, config)["loss"]
+
+    loss().backward()
+    checked = 0
+    for network in networks.values():
+        for parameter in network.parameters():
+            for index in torch.randperm(parameter.numel())[:4].tolist():
+                flat = parameter.data.view(-1)
+                value, h = flat[index].item(), 1e-5
+                flat[index] = value + h
+                up = loss().item()
+                flat[index] = value - h
+                down = loss().item()
+                flat[index] = value
+                numerical = (up - down) / (2 * h)
+                assert parameter.grad.view(-1)[index].item() == pytest.approx(numerical, rel=2e-4, abs=1e-5)
+                checked += 1
+    assert checked > 40
+
+
+def test_loss_is_eq_9_of_its_parts():
+    config = Config(hidden_dim=6, batch_unlabelled=10, batch_labelled=5, n_labels=5)
+    torch.manual_seed(1)
+    networks = model.build(config)
+    mixture = networks["mixture"]
+    mixture.priors.copy_(torch.tensor([0.2, 0.05, 0.05, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]))
+    x, labelled, labels = torch.rand(10, 1, 28, 28), torch.rand(5, 1, 28, 28), torch.tensor([0, 1, 2, 3, 4])
+    terms = loss_terms(networks, x, labelled, labels, config)
+    z = networks["encoder"](x)
+    assert terms["mse"].item() == pytest.approx((x - networks["decoder"](z)).square().sum().item() / 10, rel=1e-5)
+    gamma = (4 / 3) ** 0.4  # N_c = 10 codes over 10 components
+    distance = model.cramer_wold_distance(z, mixture.means, mixture.priors, gamma)
+    assert terms["d2"].item() == pytest.approx(distance.item(), rel=1e-4)
+    cross_entropy = model.classification_loss(networks["encoder"](labelled), labels, mixture.means, mixture.priors)
+    assert terms["cross_entropy"].item() == pytest.approx(cross_entropy.item(), rel=1e-5)
+    total = terms["mse"] + 5 * terms["d2"].log() + 10 * terms["cross_entropy"]
+    assert terms["loss"].item() == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_gradient_is_clipped_by_global_norm_then_by_value():
+    config = Config(hidden_dim=6, batch_unlabelled=10, batch_labelled=5, n_labels=5, grad_clip_norm=5.0, grad_clip_value=0.01)
+    torch.manual_seed(1)
+    networks = model.build(config)
+    parameters = [p for network in networks.values() for p in network.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    x, labelled, labels = torch.rand(10, 1, 28, 28), torch.rand(5, 1, 28, 28), torch.tensor([0, 1, 2, 3, 4])
+    loss_terms(networks, x, labelled, labels, config)["loss"].backward()
+    before = [p.grad.clone() for p in parameters]
+    norm = torch.cat([g.flatten() for g in before]).norm()
+    assert norm > 5
+    terms = train_step(networks, optimizer, x, labelled, labels, config)
+    assert terms["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
+    for p, g in zip(parameters, before, strict=True):
+        torch.testing.assert_close(p.grad, (g * 5 / norm).clamp(-0.01, 0.01), rtol=1e-3, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- networks, the mixture
+
+MNIST_LAYERS = {
+    "encoder": [("Flatten", [784]), ("Linear", [1024]), ("ReLU", [1024]), ("Linear", [1024]), ("ReLU", [1024]), ("Linear", [10])],
+    "decoder": [("Linear", [1024]), ("ReLU", [1024]), ("Linear", [1024]), ("ReLU", [1024]), ("Linear", [784]), ("Sigmoid", [784]),
+                ("Unflatten", [1, 28, 28])],
+}  # fmt: skip
+
+
+def test_networks_are_those_of_section_vi_a():
+    code, out, err = run_command("segma.train", "mnist", "--describe", "--json", "--data", "/nowhere")
+    assert code == 0, err
+    described = json.loads(out)
+    assert described["networks"]["encoder"]["parameters"] == 1_863_690
+    assert described["networks"]["decoder"]["parameters"] == 1_864_464
+    assert described["networks"]["mixture"]["parameters"] == 100
+    assert described["parameters"] == 1_863_690 + 1_864_464 + 100
+    for name, layers in MNIST_LAYERS.items():
+        assert [(x["layer"], x["output"]) for x in described["networks"][name]["layers"]] == layers
+    assert described["config"] == dataclasses.asdict(run.experiment_config("segma", Config, "mnist"))
+
+
+def test_initial_weights_are_glorot_uniform_with_zero_bias():
+    torch.manual_seed(0)
+    layer = model.build(Config())["encoder"][3]
+    bound = math.sqrt(6 / (1024 + 1024))
+    assert layer.weight.abs().max().item() <= bound
+    assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
+    assert layer.bias.abs().max().item() == 0
+
+
+def test_initial_means_follow_the_authors_code():
+    torch.manual_seed(0)
+    means = model.initial_means(10, 10, 0.1)  # MNIST: one coordinate each, 0.1
+    torch.testing.assert_close(means, 0.1 * torch.eye(10), atol=0.006, rtol=0)
+    assert 0.0005 < (means - 0.1 * torch.eye(10)).std() < 0.0015
+    means = model.initial_means(10, 20, 2.0)  # SVHN: two coordinates each, 1.0
+    torch.testing.assert_close(means, torch.cat([torch.eye(10)] * 2, 1), atol=0.006, rtol=0)
+    means = model.initial_means(4, 32, 1.0)  # CelebA: eight coordinates each, 0.125
+    torch.testing.assert_close(means, 0.125 * torch.cat([torch.eye(4)] * 8, 1), atol=0.006, rtol=0)
+    assert model.initial_means(500, 10, 0.7).std().item() == pytest.approx(0.7, rel=0.05)  # more components than dimensions
+
+
+def test_mixture_samples_follow_priors_and_means():
+    mixture = model.Mixture(3, 10)
+    with torch.no_grad():
+        mixture.means.copy_(torch.tensor([[-5.0] * 10, [0.0] * 10, [5.0] * 10]))
+        mixture.priors.copy_(torch.tensor([0.2, 0.3, 0.5]))
+    z, components = mixture.sample(20000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(components.bincount() / 20000, mixture.priors, atol=0.015, rtol=0)
+    for k in range(3):
+        torch.testing.assert_close(z[components == k].mean(0), mixture.means[k].detach(), atol=0.1, rtol=0)
+        torch.testing.assert_close(z[components == k].var(0), torch.ones(10), atol=0.12, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------ the labelled part
+
+
+def test_first_hundred_labels_of_mnist(data_root):
+    data = load("mnist", data_root)
+    for seed in (0, 7):
+        chosen = choose_labels(data.train_labels, 100, "first", 10, seed)
+        assert chosen.tolist() == list(range(100))
+        assert data.train_labels[chosen].bincount().tolist() == [13, 14, 6, 11, 11, 5, 11, 10, 8, 11]
+
+
+def test_priors_are_the_proportions_of_the_known_labels(trained):
+    segma = load_run(trained / "segma/digits/seed3")
+    labels = load("digits", "").train_labels
+    known = choose_labels(labels, 100, "random", 10, 3)
+    torch.testing.assert_close(segma.mixture.priors, labels[known].bincount(minlength=10) / 100)
+
+
+# ------------------------------------------------------------------------------------------------- training, end to end
+
+
+def test_a_short_run_learns(trained):
+    folder = trained / "segma/digits/seed3"
+    rows = list(csv.DictReader(open(folder / "log.csv")))
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 13))
+    first, last = rows[0], rows[-1]
+    assert float(last["loss"]) < float(first["loss"]) / 5
+    assert float(last["mse"]) < 12  # 105 per image if the decoder gave the mean image's noise; broken gradients stay above 20
+    assert float(last["test_error"]) < 25  # guessing: 90
+    for name in ("config.yaml", "checkpoint.pt", "eval.json", "samples/epoch0012.png"):
+        assert (folder / name).stat().st_size > 0
+    for name in ("samples", "interpolations", "style_transfer", "intensity", "means", "between", "training"):
+        assert (folder / f"figures/{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_eval_json_is_complete(trained):
+    result = json.loads((trained / "segma/digits/seed3/eval.json").read_text())
+    assert (result["experiment"], result["seed"]) == ("digits", 3)
+    config = run.experiment_config("segma", Config, "digits", {"epochs": 12})
+    assert result["config"] == dataclasses.asdict(config)
+    assert result["config_hash"] == run.config_hash(config) == run.config_hash(run.experiment_config("segma", Config, "digits"))
+    provenance = result["provenance"]
+    assert provenance["epochs"] == 12 and provenance["train_images"] == 1437 and provenance["data_official"] is True
+    assert provenance["torch"] == torch.__version__ and provenance["precision"] == "fp32" and provenance["training_seconds"] > 0
+    assert set(result["metrics"]) >= {"test_error", "nearest_neighbour_error", "reconstruction_error", "distance"}
+    assert "fid" not in result["metrics"]  # left out, never faked
+
+
+def test_eval_repeats_itself_and_reports_what_the_run_gives(trained):
+    path = trained / "segma/digits/seed3/eval.json"
+    before = json.loads(path.read_text())
+    assert run_command("segma.eval", "digits", "--runs", trained, "--seed", "3", "--threads", "1")[0] == 0
+    after = json.loads(path.read_text())
+    assert after["metrics"] == before["metrics"] and after["details"] == before["details"]
+    segma, data = load_run(path.parent), load("digits", "")
+    wrong = (segma.classify(segma.encode(data.test_images)) != data.test_labels).double().mean().item()
+    assert after["metrics"]["test_error"] == pytest.approx(100 * wrong)
+    log = list(csv.DictReader(open(path.parent / "log.csv")))
+    assert after["metrics"]["test_error"] == pytest.approx(float(log[-1]["test_error"]), abs=1e-4)
+
+
+def test_the_same_command_twice_gives_the_same_bits(tmp_path):
+    weights = []
+    for name in ("a", "b"):
+        code, _, err = run_command("segma.train", "digits", "--epochs", "2", "--runs", tmp_path / name, "--threads", "2")
+        assert code == 0, err
+        weights.append(torch.load(tmp_path / name / "segma/digits/seed0/checkpoint.pt")["networks"])
+    for network in weights[0]:
+        for key, value in weights[0][network].items():
+            assert torch.equal(value, weights[1][network][key])
+
+
+def test_bf16_follows_fp32():
+    torch.manual_seed(0)
+    config = Config()
+    networks = model.build(config)
+    x, labels = torch.rand(200, 1, 28, 28), torch.arange(100) % 10
+    terms = {p: loss_terms(networks, x[:100], x[100:], labels, config, p) for p in ("fp32", "bf16")}
+    for name, value in terms["fp32"].items():
+        assert terms["bf16"][name].item() == pytest.approx(value.item(), rel=0.02)
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+
+
+def toy(means: torch.Tensor) -> Segma:
+    """A run whose codes are what they are: an identity decoder over given means."""
+    mixture = model.Mixture(*means.shape)
+    with torch.no_grad():
+        mixture.means.copy_(means)
+    return Segma(Config(), torch.nn.Identity(), torch.nn.Identity(), mixture, {})
+
+
+def test_lines_pass_through_the_class_that_lies_between():
+    means = torch.zeros(10, 10)
+    means[:, 0] = torch.tensor([0, 100, 200, 300, 60, 500, 50, 700, 800, 70]).float()  # 6 at 50, 4 at 60, 9 at 70
+    segma, data = toy(means), load("digits", "")
+    z = means[data.test_labels]
+    shares = between(segma, data, z, seed=0)
+    assert shares["6-9"] == {"4": 1.0}
+    assert shares["4-6"] == {} and shares["1-2"] == {}
+    assert list(shares["0-1"]) and set(shares["0-1"]) == {"4", "6", "9"}
+    assert len(shares) == 45
+    assert nearest_classes(segma, data)["nearest_class"]["6"] == "4"
+    assert mean_distances(segma)[6][9] == pytest.approx(20)
+
+
+def test_points_between_lie_on_segments_between_codes():
+    z = torch.randn(3000, 10, dtype=torch.float64)
+    points = points_between(z, torch.Generator().manual_seed(0))
+    assert points.shape == (10_000, 10)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(3000, generator=generator)
+    first, second = z[order[:1000]], z[order[1000:2000]]
+    direction = second - first
+    t = ((points[:1000] - first) * direction).sum(1) / direction.square().sum(1)
+    torch.testing.assert_close(first + t[:, None] * direction, points[:1000])
+    assert 0 <= t.min() and t.max() <= 1 and t.mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_to_bytes_clips_and_truncates():
+    assert to_bytes(torch.tensor([-0.2, 0.0, 0.5, 0.9999, 1.0, 1.3])).tolist() == [0, 0, 127, 254, 255, 255]
+
+
+def test_fids_are_taken_against_train_and_test(monkeypatch, tmp_path, trained):
+    """Tables I and III with a random projection in the place of the Inception network: the wiring, and the cache."""
+    from common import inception
+    from common.metrics import frechet_distance, moments
+    from segma.eval import tables_i_and_iii
+
+    projection = torch.randn(784, 16, generator=torch.Generator().manual_seed(0))
+    calls = []
+
+    def features(network, images, batch=100):
+        calls.append(len(images))
+        return images.float().flatten(1) / 255 @ projection
+
+    monkeypatch.setattr(inception, "FEATURES", 16)
+    monkeypatch.setattr(inception, "find_weights", lambda path: (tmp_path / "weights", ""))
+    monkeypatch.setattr(inception, "extractor", lambda *a: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(inception, "features", features)
+    monkeypatch.setattr("segma.eval.FID_SAMPLES", 1000)
+    segma, data = load_run(trained / "segma/digits/seed3"), load("digits", "")
+    options = run.Options("digits", seed=3, runs=tmp_path)
+    scores, name = tables_i_and_iii(segma, data, segma.encode(data.test_images), options, None)
+    assert set(scores) == {"fid", "fid_test", "fid_interpolation", "fid_interpolation_test"} and "Inception" in name
+    assert calls == [1437, 360, 1000, 1000]
+    made = to_bytes(segma.decode(segma.mixture.sample(1000, run.generator(3, "fid"))[0]))
+    expected = frechet_distance(moments(features(None, made)), moments(features(None, data.train_images)))
+    assert scores["fid"] == pytest.approx(expected, rel=1e-6)
+    again, _ = tables_i_and_iii(segma, data, segma.encode(data.test_images), options, None)
+    assert again == scores and calls[6:] == [1000, 1000]  # the real images' moments came from the cache
+
+
+def test_without_weights_fid_is_left_out_aloud(monkeypatch, capsys, data_root, tmp_path, trained):
+    from common import inception
+    from segma.eval import tables_i_and_iii
+
+    monkeypatch.setattr(inception, "find_weights", lambda path: (None, "the Inception weights are not here"))
+    segma = load_run(trained / "segma/digits/seed3")
+    assert tables_i_and_iii(segma, load("mnist", data_root), torch.zeros(10_000, 10), run.Options("digits"), None) == ({}, None)
+    assert "FID left out: the Inception weights are not here" in capsys.readouterr().out
+
+
+def test_the_readme_example_runs(trained, monkeypatch):
+    """The five lines of the README, as they stand there, on a run of ours."""
+    text = (ROOT / "README.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "load_run" in block)
+    target = trained / "segma/digits/seed0"
+    if not target.exists():
+        target.symlink_to(trained / "segma/digits/seed3")
+    names: dict = {}
+    exec(code.replace('"runs/', f'"{trained}/'), names)
+    assert names["z"].shape == (1, 10) and names["label"].shape == (1,)
+    assert names["threes"].shape == (8, 1, 28, 28)
+    segma, z, label = names["segma"], names["z"], names["label"]
+    torch.testing.assert_close(names["moved"], segma.decode(z + segma.means[[3]] - segma.means[label]))
