@@ -13,8 +13,8 @@ WHERE = --data "$(DATA)" --runs "$(RUNS)" --device $(DEVICE) --threads $(THREADS
 CONFIGS := $(sort $(wildcard */configs/*.yaml))
 TARGETS := $(foreach c,$(CONFIGS),$(firstword $(subst /, ,$(c)))-$(basename $(notdir $(c))))
 
-# PYTHON=… uses an environment of your own; without it, .venv is made once, and again when pyproject.toml or constraints.txt changes.
-ifdef PYTHON
+# `make … PYTHON=…` uses an environment of your own; without it, .venv is made once, and again when pyproject.toml changes.
+ifeq ($(origin PYTHON),command line)
 READY :=
 else
 PYTHON := .venv/bin/python
@@ -39,38 +39,38 @@ help:
 
 setup: $(READY)
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml
 	@python=""; for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	  if command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$p; break; fi; done; \
 	if [ -z "$$python" ]; then echo "error: Python 3.11 or newer is needed; none was found on PATH. Install it, or name one: make PYTHON=…" >&2; exit 2; fi; \
 	echo "setting up .venv (about 6 GB with PyTorch's CUDA libraries, once; a CPU-only environment of your own: PYTHON=…)"; \
 	$$python -m venv --clear .venv
 	@.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test]' || \
-	  { echo "the pinned versions cannot be had here: taking the newest that pyproject.toml allows"; .venv/bin/python -m pip install --quiet -e '.[test]'; }
+	  { echo "set-up with the versions of constraints.txt did not work (above): trying the newest that pyproject.toml allows"; .venv/bin/python -m pip install --quiet -e '.[test]'; }
 	@touch $@
 
 $(TARGETS): $(READY)
 	@set -e; paper=$(firstword $(subst -, ,$@)); experiment=$(patsubst $(firstword $(subst -, ,$@))-%,%,$@); \
 	for seed in $(SEEDS); do \
-	  $(PYTHON) -m $$paper.train $$experiment --seed $$seed $(WHERE) --precision $(PRECISION) $(if $(EPOCHS),--epochs $(EPOCHS)); \
-	  $(PYTHON) -m $$paper.eval $$experiment --seed $$seed $(WHERE) $(if $(INCEPTION),--inception "$(INCEPTION)"); \
+	  "$(PYTHON)" -m $$paper.train $$experiment --seed $$seed $(WHERE) --precision $(PRECISION) $(if $(EPOCHS),--epochs $(EPOCHS)); \
+	  "$(PYTHON)" -m $$paper.eval $$experiment --seed $$seed $(WHERE) $(if $(INCEPTION),--inception "$(INCEPTION)"); \
 	done; \
-	$(PYTHON) -m common.diff show $$paper --experiment $$experiment --runs "$(RUNS)"
+	"$(PYTHON)" -m common.diff show $$paper --experiment $$experiment --runs "$(RUNS)"
 
 test: $(READY)
-	@DATA="$(DATA)" $(PYTHON) -m pytest
+	@DATA="$(DATA)" "$(PYTHON)" -m pytest
 
 lint: $(READY)
-	@$(PYTHON) -m ruff check .
+	@"$(PYTHON)" -m ruff check .
 
 diff: $(READY)
-	@$(PYTHON) -m common.diff show --runs "$(RUNS)"
+	@"$(PYTHON)" -m common.diff show --runs "$(RUNS)"
 
 results: $(READY)
-	@$(PYTHON) -m common.diff collect --runs "$(RUNS)"
+	@"$(PYTHON)" -m common.diff collect --runs "$(RUNS)"
 
 pending: $(READY)
-	@$(PYTHON) -m common.diff pending --runs "$(RUNS)"
+	@"$(PYTHON)" -m common.diff pending --runs "$(RUNS)"
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache *.egg-info

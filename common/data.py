@@ -21,8 +21,6 @@ from torch import Tensor
 
 from common.run import UserError, generator
 
-NAMES = ("digits", "mnist", "fashion_mnist")
-
 # The uncompressed idx files. SHA-256 of files whose MD5s are the publishers' (the .gz files' MD5s stand in torchvision).
 SHA256 = {
     "mnist": {
@@ -39,6 +37,7 @@ SHA256 = {
     },
 }
 DIGITS_DIGEST = "55c087b603d0064f"  # of scikit-learn's integers and our split
+NAMES = ("digits", *SHA256)
 FOLDER = {"mnist": "MNIST/raw", "fashion_mnist": "FashionMNIST/raw"}
 
 
@@ -57,7 +56,7 @@ class Dataset:
     test_labels: Tensor
     class_names: tuple[str, ...]
     digest: str
-    official: bool = True
+    official: bool
 
     @property
     def n_classes(self) -> int:
@@ -81,7 +80,7 @@ def load(name: str, root: str | Path, unofficial: bool = False) -> Dataset:
     Raises UserError where the data are missing, truncated, altered or unreadable.
     """
     if name == "digits":
-        return _digits()
+        return _digits(unofficial)
     if name in SHA256:
         return _idx(name, Path(root), unofficial)
     raise UserError(f"unknown data set {name!r}; known: {', '.join(NAMES)}")
@@ -128,7 +127,7 @@ def choose_labels(labels: Tensor, n: int, how: str, n_classes: int, seed: int) -
     return chosen.sort().values
 
 
-def _digits() -> Dataset:
+def _digits(unofficial: bool) -> Dataset:
     """scikit-learn's 1,797 digits: 8×8, 0 … 16, brought to 28×28 bilinearly; 1,437 train, 360 test, stratified and fixed."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -138,6 +137,11 @@ def _digits() -> Dataset:
     # Over the raw integers and the split: bilinear rounding may differ between machines, these may not.
     parts = (array[part].astype(np.uint8).tobytes() for part in (train, test) for array in (raw, labels))
     digest = _digest(hashlib.sha256(part).hexdigest() for part in parts)
+    if digest != DIGITS_DIGEST and not unofficial:
+        raise UserError(
+            f"digits: scikit-learn's data or split is not the one our results come from (digest {digest}, expected {DIGITS_DIGEST}). "
+            "Install the scikit-learn of constraints.txt, or pass --unofficial-data"
+        )
     images = torch.from_numpy(raw).float().view(-1, 1, 8, 8) * (255 / 16)
     images = torch.nn.functional.interpolate(images, size=28, mode="bilinear").round().to(torch.uint8)
     labels = torch.from_numpy(labels).long()
@@ -225,7 +229,7 @@ def _download(name: str, root: Path) -> None:
     except (OSError, RuntimeError) as error:  # urllib's URLError is an OSError
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise UserError(f"{root}: the disk is full: {name} could not be downloaded there") from None
-        reason = " ".join(str(error).split())[:120]
+        reason = " ".join(str(error).split()).rsplit("got: ", 1)[-1][:150]  # torchvision lists each mirror's; the last will do
         raise UserError(f"{name}: no data in {folder}, and it could not be downloaded ({reason}). {way_out}") from None
     finally:
         socket.setdefaulttimeout(timeout)

@@ -25,6 +25,13 @@ from common.run import ROOT, UserError
 BEGIN, END = "<!-- results: begin (written by `make results`) -->", "<!-- results: end -->"
 
 
+RECORD = {"experiment": str, "seed": int, "metrics": dict, "config": dict, "config_hash": str, "provenance": dict}
+PROVENANCE = {
+    "git_commits", "git_dirty", "evaluation", "torch", "device", "threads", "precision", "data", "data_digest", "data_official",
+    "train_images", "test_images", "training_seconds", "epochs", "steps_beyond",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Entry:
     """One published number. value: as printed; spread: sd or se over `trials` runs, spread_is says which; None: not published."""
@@ -63,25 +70,35 @@ def published(paper: str) -> tuple[list[Entry], list[dict], list[dict]]:
     return entries, content.get("ours", []), content.get("reference", [])
 
 
-def read_json(path: Path) -> object:
+def read_records(path: Path) -> list[dict]:
+    """The records in a results file or an eval.json. Raises UserError where it is not JSON or a record is not whole."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: not valid JSON: damaged; delete it and evaluate again") from None
+    records = content if isinstance(content, list) else [content]
+    for record in records:
+        fits = isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in RECORD.items())
+        if not fits or not PROVENANCE <= record["provenance"].keys():
+            raise UserError(f"{path}: a record is not whole; delete it and evaluate again")
+        for name, value in record["metrics"].items():
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise UserError(f"{path}: {name} is {value!r}, not a number; delete it and evaluate again")
+    return records
 
 
 def references(paper: str) -> dict[str, list[dict]]:
     """The committed records by experiment, one per seed."""
-    return {path.stem: read_json(path) for path in sorted((ROOT / paper / "results").glob("*.json"))}
+    return {path.stem: read_records(path) for path in sorted((ROOT / paper / "results").glob("*.json"))}
 
 
 def yours(paper: str, runs: Path) -> dict[str, list[dict]]:
     """The evaluated runs on this machine, by experiment."""
     found: dict[str, list[dict]] = {}
     for path in sorted((runs / paper).glob("*/seed*/eval.json")):
-        found.setdefault(path.parent.parent.name, []).append(read_json(path))
+        found.setdefault(path.parent.parent.name, []).extend(read_records(path))
     return found
 
 
@@ -99,8 +116,9 @@ def not_comparable(record: dict, config) -> str | None:
         theirs, ours = record["config"], dataclasses.asdict(config)
         differing = [f"{k} {theirs.get(k)}" for k, v in ours.items() if k != "epochs" and theirs.get(k, v) != v]
         return f"another config ({', '.join(differing) or 'a field unknown here'})"
-    if provenance["epochs"] != config.epochs:
-        return f"{provenance['epochs']} of {config.epochs} epochs"
+    if provenance["epochs"] != config.epochs or provenance["steps_beyond"]:
+        beyond = f" and {provenance['steps_beyond']} steps" if provenance["steps_beyond"] else ""
+        return f"{provenance['epochs']}{beyond} of {config.epochs} epochs"
     if not provenance["data_official"]:
         return f"unofficial data ({provenance['train_images']:,} + {provenance['test_images']:,} images)"
     if provenance["data_digest"] != official_digest(provenance["data"]):
@@ -108,16 +126,32 @@ def not_comparable(record: dict, config) -> str | None:
     return None
 
 
-def split_comparable(records: Iterable[dict], config, metric: str) -> tuple[list[float], list[str]]:
-    """The values of `metric` in the comparable records, and why the others are not."""
-    values, reasons = [], []
-    for record in records:
-        reason = not_comparable(record, config)
-        if reason:
-            reasons.append(reason)
-        elif metric in record["metrics"]:
-            values.append(record["metrics"][metric])
-    return values, sorted(set(reasons))
+@dataclass(frozen=True)
+class Sample:
+    """The values of one metric over the seeds of one experiment that count, their precisions, and why others do not count."""
+
+    values: list[float]
+    precisions: list[str]
+    reasons: list[str]
+
+    def __str__(self) -> str:
+        """mean ± s.d. (n, and the precision where it is not the published fp32)."""
+        if not self.values:
+            return f"not comparable: {'; '.join(self.reasons)}" if self.reasons else "–"
+        spread = f" ± {statistics.stdev(self.values):.2g}" if len(self.values) > 1 else ""
+        how = "" if self.precisions == ["fp32"] else f", {' and '.join(self.precisions)}"
+        return f"{statistics.fmean(self.values):.4g}{spread} (n={len(self.values)}{how})"
+
+    def difference(self, entry: Entry) -> str:
+        return f"{statistics.fmean(self.values) - entry.value:+.3g}" if self.values else "–"
+
+
+def sample(records: Iterable[dict], config, metric: str) -> Sample:
+    """The comparable values of `metric` among the records. config: the committed one."""
+    reasons = {id(record): not_comparable(record, config) for record in records}
+    good = [record for record in records if not reasons[id(record)] and metric in record["metrics"]]
+    precisions = sorted({record["provenance"]["precision"] for record in good})
+    return Sample([record["metrics"][metric] for record in good], precisions, sorted({reason for reason in reasons.values() if reason}))
 
 
 # ------------------------------------------------------------------------------------------------------------- verdict
@@ -138,8 +172,7 @@ def verdict(values: list[float], entry: Entry) -> str:
 
     s = statistics.stdev(values)
     if entry.spread is None or not entry.trials or entry.trials < 2:
-        half = float(t.ppf(0.975, n - 1)) * s * math.sqrt(1 + 1 / n)
-        low, high = mean - half, mean + half
+        low, high = prediction_interval(values)
         inside, shown = low <= entry.value <= high, f"95 % of seeds in [{low:.4g}, {high:.4g}]"
     else:
         theirs = entry.spread**2 if entry.spread_is == "se" else entry.spread**2 / entry.trials
@@ -153,12 +186,13 @@ def verdict(values: list[float], entry: Entry) -> str:
     return f"{word} ({shown})"
 
 
-def summary(values: list[float], unit: str) -> str:
-    """mean ± s.d. (n)."""
-    if not values:
-        return "–"
-    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4g}{spread}{f' {unit}' if unit else ''} (n={len(values)})"
+def prediction_interval(values: list[float]) -> tuple[float, float]:
+    """Where 95 % of further seeds lie, by Student's t: mean ± t·s·√(1 + 1/n). At least two values."""
+    from scipy.stats import t
+
+    n, mean = len(values), statistics.fmean(values)
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) * math.sqrt(1 + 1 / n)
+    return mean - half, mean + half
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -179,53 +213,41 @@ def table(paper: str, mine: dict[str, list[dict]] | None, only: str | None = Non
         for experiment in (entry.experiment, *entry.also):
             if only and entry.dataset != dataset:
                 continue
-            config = configs[experiment]
-            unit = f" {entry.unit}" if entry.unit else ""
+            config, needs = configs[experiment], entry.needs
             spread = f" ± {entry.spread:g}" if entry.spread is not None else ""
-            shown = f"{entry.value:g}{spread}{unit}"
+            row = [entry.where, entry.system, experiment, f"{entry.value:g}{spread}{f' {entry.unit}' if entry.unit else ''}"]
             if config is None:
-                blank = ["–"] * (len(heads) - 4 + (mine is not None))
-                rows.append([entry.where, entry.system, experiment, shown, *blank, "not run: to be written"])
+                rows.append([*row, "–", "–", *(["–"] if mine is not None else []), f"not run: to be written; needs {needs}"])
                 continue
-            values, why = split_comparable(reference.get(experiment, []), config, entry.metric)
-            difference = f"{statistics.fmean(values) - entry.value:+.3g}" if values else "–"
-            word = verdict(values, entry) if values else excuse(why)
-            word = f"not run: needs {entry.needs}" if word == "–" else word
-            row = [entry.where, entry.system, experiment, shown, summary(values, entry.unit), difference]
+            found = sample(reference.get(experiment, []), config, entry.metric)
+            row += [str(found), found.difference(entry)]
             if mine is not None:
-                here, why = split_comparable(mine.get(experiment, []), config, entry.metric)
-                row.append(f"{summary(here, entry.unit)} [{verdict(here, entry).split(' (')[0]}]" if here else excuse(why))
+                here = sample(mine.get(experiment, []), config, entry.metric)
+                row.append(f"{here}, {here.difference(entry)}: {verdict(here.values, entry)}" if here.values else str(here))
+            word = verdict(found.values, entry) if found.values else "not comparable" if found.reasons else f"not run: needs {needs}"
             rows.append([*row, word])
     for item in ours:
         if only and item["experiment"] != only:
             continue
         config = config_of(paper, item["experiment"])
-        values, _ = split_comparable(reference.get(item["experiment"], []), config, item["metric"])
-        row = ["ours", item["what"], item["experiment"], "–", summary(values, item["unit"]), "–"]
-        word = "no published number" if values else "not run"
+        found = sample(reference.get(item["experiment"], []), config, item["metric"])
+        row = ["ours", item["what"], item["experiment"], "–", str(found), "–"]
+        word = "no published number" if found.values else "not run"
         if mine is not None:
-            here, why = split_comparable(mine.get(item["experiment"], []), config, item["metric"])
-            row.append(summary(here, item["unit"]) if here else excuse(why))
-            if here and len(values) >= 5:
-                word = like_reference(here, values)
+            here = sample(mine.get(item["experiment"], []), config, item["metric"])
+            row.append(str(here))
+            if here.values and len(found.values) >= 5:
+                word = like_reference(here.values, found.values)
         rows.append([*row, word])
     return rows
 
 
-def excuse(why: list[str]) -> str:
-    """What stands in the place of a number: why the records there are do not count, or a dash where there are none."""
-    return f"not comparable: {'; '.join(why)}" if why else "–"
-
-
 def like_reference(here: list[float], reference: list[float]) -> str:
-    """Whether each of your values lies in the 95 % prediction interval of the reference seeds (n ≥ 5)."""
-    from scipy.stats import t
-
-    n, mean, s = len(reference), statistics.fmean(reference), statistics.stdev(reference)
-    half = float(t.ppf(0.975, n - 1)) * s * math.sqrt(1 + 1 / n)
-    outside = sum(not mean - half <= value <= mean + half for value in here)
-    interval = f"95 % of reference seeds in [{mean - half:.4g}, {mean + half:.4g}]"
-    return f"yours {f'has {outside} of {len(here)} outside' if outside else 'as the reference'} ({interval})"
+    """Whether your values lie where 95 % of seeds should, by the reference's (n ≥ 5)."""
+    low, high = prediction_interval(reference)
+    outside = sum(not low <= value <= high for value in here)
+    word = f"{outside} of your {len(here)} outside" if outside else "yours as the reference"
+    return f"{word} (95 % of seeds in [{low:.4g}, {high:.4g}])"
 
 
 def as_text(rows: list[list[str]]) -> str:
@@ -250,14 +272,15 @@ def collect(runs: Path) -> None:
             if config is None:
                 continue
             path = ROOT / paper / "results" / f"{experiment}.json"
-            kept = {record["seed"]: record for record in (read_json(path) if path.exists() else [])}
+            committed = read_records(path) if path.exists() else []
+            kept = {record["seed"]: record for record in committed if not not_comparable(record, config)}
             taken = []
             for record in records:
                 reason = not_comparable(record, config) or unclean(record)
                 if reason:
                     print(f"{paper} {experiment} seed {record['seed']}: left out: {reason}")
                 else:
-                    kept[record["seed"]] = record
+                    kept[record["seed"]] = {key: record[key] for key in RECORD}
                     taken.append(record["seed"])
             if not taken:
                 continue
@@ -277,7 +300,7 @@ def collect(runs: Path) -> None:
 def unclean(record: dict) -> str | None:
     """Why a record cannot be traced to commits, or None where it can."""
     for part, provenance in (("trained", record["provenance"]), ("evaluated", record["provenance"]["evaluation"])):
-        if provenance["git_commit"] is None or provenance["git_dirty"]:
+        if provenance["git_commit"] is None or provenance["git_dirty"] is not False:
             return f"{part} from a tree that was not clean"
     return None
 
@@ -307,7 +330,8 @@ def reference_runs(paper: str) -> str:
         provenances = [record["provenance"] for record in records]
 
         def each(key: str, provenances=provenances) -> str:
-            return ", ".join(dict.fromkeys(str(p[key]) for p in provenances))
+            values = [v for p in provenances for v in (p[key] if isinstance(p[key], list) else [p[key]])]
+            return ", ".join(dict.fromkeys(map(str, values)))
 
         commits = dict.fromkeys(c[:7] for p in provenances for c in p["git_commits"])
         minutes = statistics.fmean(p["training_seconds"] for p in provenances) / 60
@@ -351,12 +375,10 @@ def pending(runs: Path) -> list[list[str]]:
         _, _, wanted = published(paper)
         records = references(paper)
         for item in wanted:
-            experiment = item["experiment"]
+            experiment, seeds = item["experiment"], range(item["seeds"])
             config = config_of(paper, experiment)
-            if config is None:
-                continue
-            good = [r for r in records.get(experiment, []) if not not_comparable(r, config)]
-            missing = sorted(set(range(item["seeds"])) - {r["seed"] for r in good})
+            good = [r for r in records.get(experiment, []) if config is not None and not not_comparable(r, config)]
+            missing = sorted(set(seeds) - {r["seed"] for r in good})
             if not missing:
                 continue
             seconds = [r["provenance"]["training_seconds"] for r in good]
@@ -364,10 +386,10 @@ def pending(runs: Path) -> list[list[str]]:
             here = []
             for seed in missing:
                 log = runs / paper / experiment / f"seed{seed}" / "log.csv"
-                if log.exists():
+                if log.exists() and config is not None:
                     here.append(f"seed {seed}: epoch {len(log.read_text().splitlines()) - 1} of {config.epochs}")
-            shown = ", ".join(map(str, missing))
-            rows.append([f"{paper}-{experiment}", shown, item["needs"], cost, "; ".join(here) or "–"])
+            state = "; ".join(here) or ("–" if config is not None else "to be written")
+            rows.append([f"{paper}-{experiment}", ", ".join(map(str, missing)), item["needs"], cost, state])
     return rows
 
 
@@ -376,13 +398,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("what", choices=("show", "collect", "check", "pending"))
     parser.add_argument("papers", nargs="*", help="show: these alone")
     parser.add_argument("--experiment", help="show: the rows of its data set alone")
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--runs", type=run.as_path, default=Path("runs"))
     options = parser.parse_all(argv)
+    if options.what != "show" and (options.papers or options.experiment):
+        raise UserError(f"{options.what} takes no papers and no --experiment")
     for paper in options.papers:
         if paper not in papers():
             raise UserError(f"unknown paper {paper!r}{run.nearest(paper, papers())}")
     if options.what == "show":
         for paper in options.papers or papers():
+            if options.experiment:
+                run.check_experiment(paper, options.experiment)
             print(f"\n{paper}\n{as_text(table(paper, yours(paper, options.runs), options.experiment))}")
     elif options.what == "collect":
         collect(options.runs)

@@ -7,10 +7,12 @@ and scales (x - 128) / 128. Grey images are repeated to 3 channels.
 import hashlib
 import os
 import socket
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from common.metrics import moments
 from common.run import UserError, load_checkpoint, save_checkpoint
@@ -25,8 +27,10 @@ def find_weights(path: Path | None) -> tuple[Path | None, str]:
     path: the file; without it torch's hub folder is searched, and the file downloaded there once.
     Raises UserError where a path was given and it is not the official file: another network gives another score.
     """
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    except ImportError:
+        return None, "torch-fidelity is not installed"
     if path is not None:
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected {os.path.basename(URL_INCEPTION_V3)}")
@@ -68,8 +72,9 @@ def extractor(weights: Path, device: torch.device) -> torch.nn.Module:
 def features(network: torch.nn.Module, images: Tensor, batch: int = 100) -> Tensor:
     """Features (N, 2048), float32 on the CPU, of uint8 images (N, 1 or 3, H, W)."""
     device = next(network.parameters()).device
-    parts = [network(part.to(device).expand(-1, 3, -1, -1).contiguous())[0].cpu() for part in images.split(batch)]
-    return torch.cat(parts)
+    print(f"Inception features of {len(images):,} images", flush=True)  # on a CPU some minutes per 10,000
+    parts = tqdm(images.split(batch), disable=not sys.stderr.isatty(), leave=False)
+    return torch.cat([network(part.to(device).expand(-1, 3, -1, -1).contiguous())[0].cpu() for part in parts])
 
 
 def cached_moments(network: torch.nn.Module, images: Tensor, cache: Path, key: str) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ def save_matrix(values: Tensor, path: Path, names: Sequence[str], title: str, te
     """A square matrix (K, K) as a heat map, `text` in its cells. colours: what the colour bar says."""
     figure, axes = _pyplot().subplots(figsize=(0.55 * len(names) + 2.2, 0.5 * len(names) + 1.2))
     shown = axes.imshow(values.cpu().numpy(), cmap="viridis")
-    middle = (values[values.isfinite()].min() + values[values.isfinite()].max()) / 2
+    middle = (values.min() + values.max()) / 2
     for i, row in enumerate(text):
         for j, word in enumerate(row):
             axes.text(j, i, word, ha="center", va="center", fontsize=7, color="white" if values[i, j] < middle else "black")

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import platform
 import resource
 import signal
@@ -69,6 +70,10 @@ def exit_with(main: Callable[[], None]) -> typing.NoReturn:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code, line = 141, None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        code, line = 1, f"failed: not enough memory ({' '.join(str(error).split())[:100]}); what was saved before is intact"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO):
             raise
@@ -95,15 +100,13 @@ class Range:
     """What a number in a config may be; stands in the type, as in Annotated[int, Range(1)]."""
 
     low: float
-    high: float = float("inf")
     open_low: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return (value > self.low if self.open_low else value >= self.low) and value <= self.high
+        return value > self.low if self.open_low else value >= self.low
 
     def __str__(self) -> str:
-        low = f"> {self.low:g}" if self.open_low else f">= {self.low:g}"
-        return low if self.high == float("inf") else f"{low} and <= {self.high:g}"
+        return f"{'>' if self.open_low else '>='} {self.low:g}"
 
 
 Count = typing.Annotated[int, Range(1)]
@@ -111,32 +114,52 @@ Positive = typing.Annotated[float, Range(0, open_low=True)]
 NonNegative = typing.Annotated[float, Range(0)]
 
 
-def check_value(name: str, value: object, annotation: object) -> object:
-    """`value` as the type `annotation` asks for (int, float, bool, str, Literal, each Annotated with a Range, or X | None).
-
-    Raises UserError naming what is allowed.
-    """
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        if value is None:
-            return None
+def plain_type(annotation: object) -> tuple[object, Range | None, bool]:
+    """An annotation taken apart: int, float, bool, str or a Literal; the range; whether None is allowed."""
+    optional = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    if optional:
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    allowed = None
     if typing.get_origin(annotation) is typing.Annotated:
-        annotation, allowed = typing.get_args(annotation)
-    if typing.get_origin(annotation) is typing.Literal:
-        if isinstance(value, str) and value in typing.get_args(annotation):
+        return *typing.get_args(annotation), optional
+    return annotation, None, optional
+
+
+def check_value(name: str, value: object, annotation: object) -> object:
+    """`value`, if it is what the field's annotation asks for. Raises UserError naming what is allowed."""
+    wanted, allowed, optional = plain_type(annotation)
+    if value is None and optional:
+        return None
+    if typing.get_origin(wanted) is typing.Literal:
+        if isinstance(value, str) and value in typing.get_args(wanted):
             return value
-        raise UserError(f"{name}: {value!r} is not one of {', '.join(typing.get_args(annotation))}")
-    if annotation is float and type(value) is int:
+        raise UserError(f"{name}: {value!r} is not one of {', '.join(typing.get_args(wanted))}")
+    if wanted is float and type(value) is int:
         value = float(value)
-    if type(value) is not annotation:
-        hint = " (write 3.0e-4, not 3e-4: YAML reads the latter as text)" if annotation is float and isinstance(value, str) else ""
-        raise UserError(f"{name}: expected {annotation.__name__}, found {value!r}{hint}")
+    if type(value) is not wanted:
+        hint = " (write 3.0e-4, not 3e-4: YAML reads the latter as text)" if wanted is float and isinstance(value, str) else ""
+        raise UserError(f"{name}: expected {wanted.__name__}, found {value!r}{hint}")
     if isinstance(value, float) and not abs(value) < float("inf"):
         raise UserError(f"{name}: {value} is not a finite number")
     if allowed is not None and value not in allowed:
         raise UserError(f"{name}: {value!r} is out of range; allowed: {allowed}")
     return value
+
+
+def parse_flag(name: str, text: str, annotation: object) -> object:
+    """The text of a flag as the value its field wants."""
+    flag = f"--{name.replace('_', '-')}"
+    wanted, _, optional = plain_type(annotation)
+    if optional and text.lower() in ("none", "null"):
+        return None
+    value: object = text
+    try:
+        if wanted is bool:
+            value = {"true": True, "false": False}[text.lower()]
+        elif wanted in (int, float):
+            value = wanted(text)
+    except (KeyError, ValueError):
+        raise UserError(f"{flag}: expected {'true or false' if wanted is bool else wanted.__name__}, found {text!r}") from None
+    return check_value(flag, value, annotation)
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
@@ -176,11 +199,18 @@ def experiments(paper: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / paper / "configs").glob("*.yaml"))
 
 
-def experiment_config(paper: str, cls: type, experiment: str, overrides: dict | None = None) -> typing.Any:
-    """The config of an experiment, with overrides from the command line."""
+def check_experiment(paper: str, experiment: str) -> None:
+    """Raise UserError, naming the nearest and all, where the paper has no such experiment."""
     known = experiments(paper)
     if experiment not in known:
-        raise UserError(f"unknown experiment {experiment!r}{nearest(experiment, known)} (the experiments: {', '.join(known)})")
+        close = difflib.get_close_matches(experiment, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"unknown experiment {experiment!r}; {hint}the experiments are {', '.join(known)}")
+
+
+def experiment_config(paper: str, cls: type, experiment: str, overrides: dict | None = None) -> typing.Any:
+    """The config of an experiment, with overrides from the command line."""
+    check_experiment(paper, experiment)
     path = ROOT / paper / "configs" / f"{experiment}.yaml"
     config = make_config(cls, read_yaml(path), str(path.relative_to(ROOT)))
     return make_config(cls, {**dataclasses.asdict(config), **(overrides or {})}, "command line")
@@ -224,6 +254,10 @@ class Options:
             raise UserError(f"--seed: {self.seed} is out of range; allowed: 0 … 2^63 - 1")
         if self.threads < 0:
             raise UserError(f"--threads: {self.threads} is out of range; allowed: >= 0")
+        if not 0 <= self.save_every < float("inf"):
+            raise UserError(f"--save-every: {self.save_every} is out of range; allowed: >= 0")
+        if self.json and not self.describe:
+            raise UserError("--json: goes with --describe")
 
     def folder(self, paper: str) -> Path:
         return self.runs / paper / self.experiment / f"seed{self.seed}"
@@ -273,32 +307,16 @@ def add_options(parser: argparse.ArgumentParser, paper: str) -> None:
     """What train and eval both take."""
     parser.add_argument("experiment", help=f"one of: {', '.join(experiments(paper))}")
     parser.add_argument("--seed", type=int, default=0, help="fixes everything that is random")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder that holds MNIST/, FashionMNIST/ …")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder under which runs are kept")
+    parser.add_argument("--data", type=as_path, default=Path("data"), help="folder that holds MNIST/, FashionMNIST/ …")
+    parser.add_argument("--runs", type=as_path, default=Path("runs"), help="folder under which runs are kept")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
     parser.add_argument("--unofficial-data", action="store_true", help="read data whose digest is not the official one")
 
 
-def parse_flag(name: str, text: str, annotation: object) -> object:
-    """The text of a flag as the value its field wants."""
-    flag = f"--{name.replace('_', '-')}"
-    plain = annotation
-    if typing.get_origin(plain) in (typing.Union, types.UnionType):
-        if text.lower() in ("none", "null"):
-            return None
-        plain = next(a for a in typing.get_args(plain) if a is not type(None))
-    if typing.get_origin(plain) is typing.Annotated:
-        plain = typing.get_args(plain)[0]
-    value: object = text
-    try:
-        if plain is bool:
-            value = {"true": True, "false": False}[text.lower()]
-        elif plain in (int, float):
-            value = plain(text)
-    except (KeyError, ValueError):
-        raise UserError(f"{flag}: expected {'true or false' if plain is bool else plain.__name__}, found {text!r}") from None
-    return check_value(flag, value, annotation)
+def as_path(text: str) -> Path:
+    """A path from the command line; ~ is the home folder also where the shell leaves it alone, as in make DATA=~/data."""
+    return Path(text).expanduser()
 
 
 # --------------------------------------------------------------------------------------------------- machine, provenance
@@ -326,11 +344,14 @@ def set_up(options: Options) -> torch.device:
 
 def git_state() -> tuple[str | None, bool | None]:
     """The commit of this repository and whether tracked or new files differ from it; (None, None) outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
     try:
-        git = lambda *a: subprocess.run(["git", *a], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout  # noqa: E731
-        if Path(git("rev-parse", "--show-toplevel").strip()).resolve() != ROOT:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
             return None, None
-        return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain").strip())
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.SubprocessError):
         return None, None
 
@@ -363,9 +384,11 @@ def session(device: torch.device) -> dict:
 
 
 @contextmanager
-def atomic(path: Path, mode: str = "w") -> Iterator[typing.IO]:
-    """Write a file whole or not at all: a temporary file in the same folder, fsynced, then renamed."""
-    path = Path(path)
+def atomic(path: Path, mode: str = "w", keep_previous: bool = False) -> Iterator[typing.IO]:
+    """Write a file whole or not at all: a temporary file in the same folder, fsynced, then renamed.
+
+    keep_previous: the file that stood there becomes <name>.previous.<suffix>, once the new one is safe on disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -373,6 +396,8 @@ def atomic(path: Path, mode: str = "w") -> Iterator[typing.IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            os.replace(path, previous(path))
         os.replace(part, path)
     except BaseException as error:
         part.unlink(missing_ok=True)
@@ -403,41 +428,43 @@ def save_checkpoint(path: Path, state: dict) -> None:
     torch.save(state, buffer)
     # The SHA-256 stands in the zip file's own comment field, so that plain torch.load still opens the file.
     payload = buffer.getvalue()[:-2] + (64).to_bytes(2, "little")
-    with atomic(path, "wb") as file:
+    with atomic(path, "wb", keep_previous=True) as file:
         file.write(payload)
         file.write(hashlib.sha256(payload).hexdigest().encode())
-        file.flush()
-        os.fsync(file.fileno())
-        if path.exists():  # only now, with the new one safe on disk; between the two renames the previous one is there
-            os.replace(path, previous(path))
 
 
 def previous(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict | None:
-    """The state in `path`, or in the one before it where it is damaged (said aloud); None where there is neither.
+def load_checkpoint(path: Path) -> dict | None:
+    """The state in `path`, on the CPU, or in the one before it where it is damaged (said aloud); None where there is neither.
 
-    Raises UserError where files are there and none of them is whole. Loads tensors and plain values only: no code is run.
+    A damaged file is set aside as <name>.damaged.pt. Raises UserError where a file cannot be read, or none is whole.
+    Loads tensors and plain values only: no code is run.
     """
-    troubles = []
+    damaged = []
     for candidate in (path, previous(path)):
         try:
             content = candidate.read_bytes()
-            if hashlib.sha256(content[:-64]).hexdigest().encode() != content[-64:]:
-                raise ValueError(f"{len(content):,} bytes whose checksum does not match")
-            state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         except FileNotFoundError:
             continue
-        except Exception as error:  # torch.load raises whatever a damaged file provokes
-            troubles.append(f"{candidate}: damaged ({str(error).splitlines()[0][:100]})")
+        except OSError as error:
+            raise UserError(f"{candidate}: cannot be read ({error.strerror})") from None
+        try:
+            if hashlib.sha256(content[:-64]).hexdigest().encode() != content[-64:]:
+                raise pickle.UnpicklingError(f"{len(content):,} bytes whose checksum does not match")
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            damaged.append(f"{candidate}: damaged ({str(error).splitlines()[0][:100]})")
             continue
-        if troubles:
-            print(f"{troubles[0]}; going on from the one before it, {candidate.name}", file=sys.stderr)
+        if damaged:
+            aside = path.with_name(f"{path.stem}.damaged{path.suffix}")  # else the next save would make it the previous one
+            os.replace(path, aside)
+            print(f"{damaged[0]}, set aside as {aside.name}; going on from the one before it, {candidate.name}", file=sys.stderr)
         return state
-    if troubles:
-        raise UserError(f"{'; '.join(troubles)}. Nothing to resume from: delete the folder {path.parent} to train anew")
+    if damaged:
+        raise UserError(f"{'; '.join(damaged)}. Nothing to resume from: delete the folder {path.parent} to train anew")
     return None
 
 
@@ -448,7 +475,7 @@ class Run:
     """One run on disk, open for training: its position, its log, its checkpoints.
 
     with Run(…) as r:
-        r.resume(networks, optimizers)
+        r.resume(networks, optimizers, steps_per_epoch)
         while r.epoch < config.epochs:
             while r.step < steps_per_epoch:
                 r.after_step(train_step(…))
@@ -479,6 +506,9 @@ class Run:
         except BlockingIOError:
             self.lock.close()
             raise UserError(f"{self.folder}: another process is training this run; wait, or choose another --seed or --runs") from None
+        for name in ("checkpoint", "log", "config"):  # of a process that was killed while it wrote
+            for part in self.folder.glob(f".{name}*.part"):
+                part.unlink()
         self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -502,7 +532,7 @@ class Run:
         Raises UserError where the folder holds a run of another config, seed, precision or data.
         """
         self.networks, self.optimizers = networks, optimizers
-        state = load_checkpoint(self.path, self.device)
+        state = load_checkpoint(self.path)
         if state is not None:
             self._refuse_other(state)
             for name, module in networks.items():
@@ -510,8 +540,10 @@ class Run:
             for name, optimizer in optimizers.items():
                 optimizer.load_state_dict(state["optimizers"][name])
             self.epoch, self.step, self.total_steps = state["epoch"], state["step"], state["total_steps"]
-            self.rows, self.sums, self.seconds, self.sessions = state["rows"], state["sums"], state["seconds"], state["sessions"]
-            self.names = state.get("names", [])  # the first reference runs' checkpoints are older than this key
+            self.rows, self.seconds, self.sessions = state["rows"], state["seconds"], state["sessions"]
+            self.sums = None if state["sums"] is None else state["sums"].to(self.device)
+            # The first reference runs' checkpoints are older than the key "names".
+            self.names = state["names"] if "names" in state else list(self.rows[-1])[1:6]
             if self.epoch >= self.config.epochs:
                 print(f"{self.folder}: complete, {self.epoch} epochs done")
             else:
@@ -544,7 +576,7 @@ class Run:
             raise UserError(f"{self.folder}: {done}, {self.config.epochs} asked for; epochs can only grow. Use another --runs")
 
     def after_step(self, losses: dict[str, Tensor]) -> None:
-        """Count a step: add up its losses (scalars, on the device), save if a minute has passed, stop if asked to."""
+        """Count a step: add up its losses (scalars, on the device), save if it is time, stop if asked to."""
         self.names = list(losses)
         values = torch.stack([value.detach().float() for value in losses.values()])
         self.sums = values if self.sums is None else self.sums + values
@@ -554,11 +586,7 @@ class Run:
         self.bar.update()
         bad = ~torch.isfinite(values).all()
         self.first_bad = torch.where(bad & (self.first_bad < 0), self.total_steps, self.first_bad)
-        if self.signal:
-            self.save()
-            name, code = ("Ctrl-C", 130) if self.signal == signal.SIGINT else ("SIGTERM", 143)
-            raise Stopped(code, f"{name}: saved after epoch {self.epoch}, step {self.step}; the same command goes on from here")
-        if time.monotonic() - self.saved_at > self.options.save_every:
+        if self.signal or time.monotonic() - self.saved_at > self.options.save_every:
             self.save()
 
     def after_epoch(self, **more: float) -> None:
@@ -588,10 +616,13 @@ class Run:
             self.save()
             self.bar.close()
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-            print(f"{self.folder}: trained, {self.epoch} epochs in {self.seconds:.0f} s, peak memory {peak:.2f} GiB", flush=True)
+            print(f"trained {self.epoch} epochs in {self.seconds:.0f} s, peak memory {peak:.2f} GiB")
+            print(f"log in {self.folder / 'log.csv'}, pictures in {self.folder / 'samples'}")
+            where = f"--seed {self.options.seed} --data {self.options.data} --runs {self.options.runs}"
+            print(f"next: python -m {self.identity['paper']}.eval {self.options.experiment} {where}", flush=True)
 
     def save(self) -> None:
-        """Write the checkpoint, unless a step was not finite: then the last good one stays, and RunFailed names the step."""
+        """Write the checkpoint; then stop if asked to. Where a step was not finite the last good one stays, and RunFailed names it."""
         self._check_finite()
         self.seconds = self.seconds_before + time.monotonic() - self.started
         save_checkpoint(
@@ -613,6 +644,9 @@ class Run:
             },
         )
         self.saved_at = time.monotonic()
+        if self.signal:
+            name, code = ("Ctrl-C", 130) if self.signal == signal.SIGINT else ("SIGTERM", 143)
+            raise Stopped(code, f"{name}: saved after epoch {self.epoch}, step {self.step}; the same command goes on from here")
 
     def _check_finite(self) -> None:
         first_bad = int(self.first_bad)
@@ -625,22 +659,27 @@ class Run:
         if not self.rows:
             path.unlink(missing_ok=True)  # of epochs that no checkpoint holds
             return
+        names = dict.fromkeys(name for row in self.rows for name in row)  # a run may be older than a column
         with atomic(path) as file:
-            writer = csv.DictWriter(file, fieldnames=list(self.rows[-1]))
+            writer = csv.DictWriter(file, fieldnames=list(names))
             writer.writeheader()
             writer.writerows(self.rows)
 
 
 def provenance(state: dict) -> dict:
-    """Where the weights in a checkpoint come from: the last session's facts, every commit, dirty if any session's tree was."""
-    identity = {k: v for k, v in state["identity"].items() if k not in ("paper", "experiment", "seed")}
+    """Where the weights in a checkpoint come from. What differed between the sessions of a resumed run is a list, in order."""
+    sessions = state["sessions"]
+    facts = {key: list(dict.fromkeys(s[key] for s in sessions)) for key in sessions[-1]}
+    facts = {key: values if len(values) > 1 else values[0] for key, values in facts.items()}
     return {
-        **state["sessions"][-1],
-        "git_commits": list(dict.fromkeys(s["git_commit"] for s in state["sessions"])),
-        "git_dirty": any(s["git_dirty"] is not False for s in state["sessions"]),
-        **identity,
+        **facts,
+        "git_commit": sessions[-1]["git_commit"],
+        "git_commits": list(dict.fromkeys(s["git_commit"] for s in sessions)),
+        "git_dirty": any(s["git_dirty"] is not False for s in sessions),
+        **{key: value for key, value in state["identity"].items() if key not in ("paper", "experiment", "seed")},
         "training_seconds": round(state["seconds"], 1),
         "epochs": state["epoch"],
+        "steps_beyond": state["step"],  # of an epoch that was not finished
     }
 
 

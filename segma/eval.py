@@ -62,7 +62,7 @@ class Segma:
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Segma:
     """The run in `folder`, as far as its last checkpoint. Raises UserError where there is none, or it is damaged."""
-    state = run.load_checkpoint(Path(folder) / "checkpoint.pt", device)
+    state = run.load_checkpoint(Path(folder) / "checkpoint.pt")
     if state is None:
         raise run.UserError(f"{folder}: no trained run here (no checkpoint.pt)")
     config = run.make_config(Config, state["config"], str(folder))
@@ -310,19 +310,18 @@ def figures(segma: Segma, data: Dataset, z: Tensor, geometry: dict, folder: Path
 def main(argv: list[str] | None = None) -> None:
     parser = run.Parser(prog="python -m segma.eval")
     run.add_options(parser, "segma")
-    parser.add_argument("--inception", type=Path, help="the Inception weights; default: torch's hub folder, downloaded once")
+    parser.add_argument("--inception", type=run.as_path, help="the Inception weights; default: torch's hub folder, downloaded once")
     namespace = vars(parser.parse_all(argv))
     weights = namespace.pop("inception")
     options = run.Options(**namespace)
-    if options.experiment not in run.experiments("segma"):
-        raise run.UserError(f"unknown experiment {options.experiment!r}{run.nearest(options.experiment, run.experiments('segma'))}")
+    run.check_experiment("segma", options.experiment)
     result = evaluate(options, weights)
     folder = options.folder("segma")
     done, asked = result["provenance"]["epochs"], result["config"]["epochs"]
     print(f"segma {options.experiment}, seed {options.seed}, {done} of {asked} epochs on {result['provenance']['data']}:")
     for name, value in result["metrics"].items():
         print(f"  {name:<26}{value:.4g}")
-    print(f"numbers in {folder / 'eval.json'}, pictures in {folder / 'figures'}")
+    print(f"numbers in {folder / 'eval.json'}, pictures in {folder / 'figures'}; next: make diff")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ IMAGES = {"digits": (1, 28, 28), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 
 class Config:
     """One experiment. The values' sources stand in configs/*.yaml; the choices, numbered, in the ledger of segma/README.md."""
 
-    dataset: Literal["digits", "mnist", "fashion_mnist"] = "mnist"
+    dataset: Literal["digits", "mnist", "fashion_mnist"] = "mnist"  # images in [0, 1], no preprocessing
     n_components: Count = 10  # K, Gaussians; one per class
     latent_dim: Count = 10  # D
     hidden_dim: Count = 1024  # units of a hidden layer, both sides
@@ -42,11 +42,11 @@ class Config:
     labels: Literal["random", "stratified", "first"] = "random"  # which ones
     loss_over: Literal["unlabelled", "all"] = "unlabelled"  # the part of a batch that MSE and d² see
     batch_unlabelled: Count = 100  # images per step drawn from the whole training set, labels unseen
-    batch_labelled: Count = 100  # images per step drawn from the labelled ones
+    batch_labelled: Count = 100  # images per step from the labelled ones; all of them where there are fewer
     distance_weight: NonNegative = 5.0  # α of eq. (9), on log d²
     label_weight: NonNegative = 10.0  # β of eq. (9), on the cross-entropy
     mean_init: NonNegative = 0.1  # scale of the initial means
-    learning_rate: Positive = 3.0e-4
+    learning_rate: Positive = 3.0e-4  # Adam's, constant
     grad_clip_norm: Positive | None = 5.0  # global norm, over all parts together
     grad_clip_value: Positive | None = 1.0  # then each entry to ±this
     epochs: Count = 500  # passes over the training set
@@ -125,11 +125,11 @@ def train(config: Config, options: run.Options) -> Path:
     """Train, or resume, one run; returns its folder. Algorithm: Sec. V, last paragraph."""
     device = run.set_up(options)
     data = load(config.dataset, options.data, options.unofficial_data)
+    if config.n_components != data.n_classes:
+        raise run.UserError(f"n_components: {config.n_components} components cannot stand for the {data.n_classes} classes of {data.name}")
     known = choose_labels(data.train_labels, config.n_labels, config.labels, config.n_components, options.seed)
     if config.batch_unlabelled > len(data.train_images):
         raise run.UserError(f"batch_unlabelled: {config.batch_unlabelled} is more than the {len(data.train_images)} training images")
-    if config.n_components != data.n_classes:
-        raise run.UserError(f"n_components: {config.n_components} components cannot stand for the {data.n_classes} classes of {data.name}")
     images = data.train_images.to(device)
     test_images, test_labels = data.test_images.to(device), data.test_labels.to(device)
     known_images, known_labels = as_input(images[known.to(device)]), data.train_labels[known].to(device)

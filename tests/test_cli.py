@@ -1,5 +1,6 @@
 """The command lines as a person types them: help, mistakes, kills, a full disk, make."""
 
+import json
 import os
 import random
 import resource
@@ -7,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from urllib.error import URLError
 
 import pytest
 import torch
 
+from common import diff, run
 from segma import eval as segma_eval
 from segma import train as segma_train
 from tests.conftest import ROOT, TINY, call, command, run_command
@@ -46,7 +49,7 @@ def log_without_clock(runs) -> list[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     runs = tmp_path_factory.mktemp("uninterrupted")
-    code, _, err = run_command(*RUN, "--epochs", "40", "--runs", runs)
+    code, _, err = run_command(*RUN, "--epochs", "60", "--runs", runs)
     assert code == 0, err
     return runs
 
@@ -54,7 +57,7 @@ def uninterrupted(tmp_path_factory):
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(uninterrupted, tmp_path):
     """SIGKILL with a checkpoint after every step, so that most kills fall inside a write; then run to the end."""
     moments = random.Random(0)
-    arguments = [*RUN, "--epochs", "40", "--runs", tmp_path]
+    arguments = [*RUN, "--epochs", "60", "--runs", tmp_path]
     for _ in range(4):
         process = command(*arguments, "--save-every", "0")
         log = tmp_path / "segma/digits/seed0/log.csv"
@@ -72,7 +75,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(uninterrupted, t
 
 @pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
 def test_ctrl_c_and_sigterm_save_and_lose_nothing(uninterrupted, tmp_path, number, code, word):
-    arguments = [*RUN, "--epochs", "40", "--runs", tmp_path]
+    arguments = [*RUN, "--epochs", "60", "--runs", tmp_path]
     process = command(*arguments)
     log = tmp_path / "segma/digits/seed0/log.csv"
     while not log.exists() and process.poll() is None:
@@ -83,37 +86,40 @@ def test_ctrl_c_and_sigterm_save_and_lose_nothing(uninterrupted, tmp_path, numbe
     done = checkpoint(tmp_path)["total_steps"]
     assert done > 0
     code, out, err = run_command(*arguments)
-    assert code == 0 and f"resuming at epoch {done // 14 + 1} of 40, step {done % 14}" in out, err
+    assert code == 0 and f"resuming at epoch {done // 14 + 1} of 60, step {done % 14}" in out, err
     assert_same(checkpoint(tmp_path), checkpoint(uninterrupted))
     code, out, _ = run_command(*arguments)
-    assert code == 0 and "complete, 40 epochs done" in out
+    assert code == 0 and "complete, 60 epochs done" in out
 
 
 def test_a_full_disk_while_saving_keeps_the_last_checkpoint(uninterrupted, tmp_path):
     subprocess.run(["cp", "-r", f"{uninterrupted}/.", tmp_path], check=True)
     before = (tmp_path / "segma/digits/seed0/checkpoint.pt").read_bytes()
 
-    def no_room():  # no file may grow beyond 20 kB: the log still fits, pictures and checkpoints do not
+    def no_room():  # no file may grow beyond 20 kB: the log still fits, the checkpoint does not
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    code, _, err = run_command(*RUN, "--epochs", "41", "--runs", tmp_path, preexec_fn=no_room)
-    assert code == 1 and err.startswith("failed: ") and "too large" in err and "intact" in err and err.count("\n") == 1
+    code, _, err = run_command(*RUN, "--epochs", "61", "--runs", tmp_path, "--save-every", "0", preexec_fn=no_room)
+    assert code == 1 and err.startswith("failed: ") and "checkpoint.pt: File too large" in err and "intact" in err
+    assert err.count("\n") == 1
     assert (tmp_path / "segma/digits/seed0/checkpoint.pt").read_bytes() == before
     assert not list((tmp_path / "segma/digits/seed0").glob(".*part"))
-    code, _, err = run_command(*RUN, "--epochs", "41", "--runs", tmp_path)
+    code, _, err = run_command(*RUN, "--epochs", "61", "--runs", tmp_path)
     assert code == 0, err
 
 
 def test_a_damaged_checkpoint_falls_back_aloud(uninterrupted, tmp_path):
     subprocess.run(["cp", "-r", f"{uninterrupted}/.", tmp_path], check=True)
-    assert run_command(*RUN, "--epochs", "41", "--runs", tmp_path)[0] == 0
+    assert run_command(*RUN, "--epochs", "61", "--runs", tmp_path)[0] == 0
     path = tmp_path / "segma/digits/seed0/checkpoint.pt"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    code, out, err = run_command(*RUN, "--epochs", "41", "--runs", tmp_path)
-    assert code == 0 and "checkpoint.pt: damaged" in err and "resuming at epoch 41" in out
-    assert checkpoint(tmp_path)["epoch"] == 41
+    code, out, err = run_command(*RUN, "--epochs", "61", "--runs", tmp_path)
+    assert code == 0 and "checkpoint.pt: damaged" in err and "resuming at epoch 61" in out
+    assert checkpoint(tmp_path)["epoch"] == 61
+    previous = run.load_checkpoint(path.with_name("checkpoint.previous.pt"))
+    assert previous["epoch"] == 60  # the good one is still there
 
 
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path, capsys):
@@ -127,15 +133,17 @@ def test_two_processes_on_one_run(tmp_path, capsys):
     log = tmp_path / "segma/digits/seed0/log.csv"
     while not log.exists() and process.poll() is None:
         time.sleep(0.02)
-    code, _, err = call(segma_train.main, *RUN[1:], "--epochs", "100000", "--runs", tmp_path, capsys=capsys)
-    process.kill()
-    process.communicate()
+    try:
+        code, _, err = call(segma_train.main, *RUN[1:], "--epochs", "100000", "--runs", tmp_path, capsys=capsys)
+    finally:
+        process.kill()
+        process.communicate()
     assert code == 2 and "another process is training this run" in err
 
 
 MISTAKES = [
     (["mnits"], "unknown experiment 'mnits'; did you mean mnist?"),
-    (["zebra"], "known: digits, mnist, mnist-first-labels"),
+    (["zebra"], "unknown experiment 'zebra'; the experiments are digits, mnist, mnist-first-labels"),
     (["digits", "--learing-rate", "1"], "unknown argument '--learing-rate'; did you mean --learning-rate?"),
     (["digits", "--epocs=3"], "unknown argument '--epocs=3'; did you mean --epochs?"),
     (["digits", "--epochs", "0"], "--epochs: 0 is out of range; allowed: >= 1"),
@@ -150,6 +158,9 @@ MISTAKES = [
     (["digits", "--n-labels", "5000"], "n_labels: 5000 labels asked for, but the training set has 1437"),
     (["digits", "--n-labels", "11"], "has none of class"),
     (["digits", "--n-components", "7"], "n_components: 7 components cannot stand for the 10 classes"),
+    (["digits", "--n-components", "12"], "n_components: 12 components cannot stand for the 10 classes"),
+    (["digits", "--save-every", "nan"], "--save-every: nan is out of range"),
+    (["digits", "--json"], "--json: goes with --describe"),
     (["digits", "--batch-unlabelled", "2000"], "batch_unlabelled: 2000 is more than the 1437 training images"),
     (["mnist", "--data", "/nonexistent/folder"], "mnist: no data in /nonexistent/folder/MNIST/raw"),
 ]
@@ -158,9 +169,9 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "complaint"), MISTAKES, ids=[" ".join(a) or "nothing" for a, _ in MISTAKES])
 def test_mistakes_get_one_line_and_code_2(arguments, complaint, tmp_path, capsys, monkeypatch):
     def no_network(*a, **k):
-        raise OSError("network is unreachable")
+        raise URLError("network is unreachable")
 
-    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", no_network)
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
     if "/nonexistent/folder" in arguments:  # somewhere that cannot be made, whoever runs the test
         (tmp_path / "file").write_text("")
         arguments = [str(tmp_path / "file") if a == "/nonexistent/folder" else a for a in arguments]
@@ -198,6 +209,35 @@ def test_a_mistake_on_the_real_command_line_prints_no_traceback():
 def test_describe_needs_no_data(capsys):
     code, out, _ = call(segma_train.main, "mnist", "--describe", "--data", "/nonexistent", capsys=capsys)
     assert code == 0 and "total: 3,728,254 parameters" in out and "dataset: mnist" in out
+
+
+def test_a_slice_of_mnist_from_files_to_diff(data_root, tmp_path, capsys):
+    """Other readings and bf16 on real images, 2,000 of them: not MNIST any more, and every table says so."""
+    folder = tmp_path / "data/MNIST/raw"
+    folder.mkdir(parents=True)
+    for prefix, n in (("train", 2000), ("t10k", 500)):
+        for kind, size, head in (("images-idx3", 784, 16), ("labels-idx1", 1, 8)):
+            content = (data_root / f"MNIST/raw/{prefix}-{kind}-ubyte").read_bytes()
+            header = content[:4] + n.to_bytes(4, "big") + content[8:head]
+            (folder / f"{prefix}-{kind}-ubyte").write_bytes(header + content[head : head + n * size])
+    where = ["mnist", "--data", tmp_path / "data", "--runs", tmp_path / "runs", "--threads", "1"]
+    assert call(segma_train.main, *where, capsys=capsys)[0] == 2  # not the official files
+    other = ["--labels", "stratified", "--loss-over", "all", "--precision", "bf16", "--epochs", "2", "--hidden-dim", "64"]
+    code, out, err = call(segma_train.main, *where, *other, "--unofficial-data", capsys=capsys)
+    assert code == 0 and "epoch 2/2" in out, err
+    code, out, err = call(segma_eval.main, *where, "--unofficial-data", capsys=capsys)
+    assert code == 0 and "FID left out: mnist has fewer images" in out, err
+    code, out, err = call(diff.main, "show", "--experiment", "mnist", "--runs", tmp_path / "runs", capsys=capsys)
+    assert code == 0 and "not comparable: another config (hidden_dim 64, labels stratified, loss_over all)" in out, err
+    runs = tmp_path / "plain"
+    where[4] = runs
+    assert call(segma_train.main, *where, "--epochs", "1", "--unofficial-data", capsys=capsys)[0] == 0
+    assert call(segma_eval.main, *where, "--unofficial-data", capsys=capsys)[0] == 0
+    result = json.loads((runs / "segma/mnist/seed0/eval.json").read_text())
+    result["provenance"]["epochs"] = 500  # so that nothing but the data stands in the way
+    (runs / "segma/mnist/seed0/eval.json").write_text(json.dumps(result))
+    out = call(diff.main, "show", "--experiment", "mnist", "--runs", runs, capsys=capsys)[1]
+    assert "not comparable: unofficial data (2,000 + 500 images)" in out
 
 
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -86,7 +86,7 @@ def record(**provenance) -> dict:
         "config_hash": run.config_hash(config),
         "provenance": {
             "epochs": config.epochs, "data": "digits", "data_digest": diff.official_digest("digits"), "data_official": True,
-            "train_images": 1437, "test_images": 360, **provenance,
+            "train_images": 1437, "test_images": 360, "precision": "fp32", "steps_beyond": 0, **provenance,
         },
     }  # fmt: skip
 
@@ -100,7 +100,12 @@ def test_records_that_are_not_the_experiments_do_not_count():
     other = run.experiment_config("segma", Config, "digits", {"learning_rate": 0.1})
     changed = record() | {"config": record()["config"] | {"learning_rate": 0.1}, "config_hash": run.config_hash(other)}
     assert diff.not_comparable(changed, config) == "another config (learning_rate 0.1)"
-    assert diff.split_comparable([record(), record(epochs=3)], config, "test_error") == ([10.0], [f"3 of {config.epochs} epochs"])
+    assert diff.not_comparable(record(steps_beyond=9), config) == f"{config.epochs} and 9 steps of {config.epochs} epochs"
+    found = diff.sample([record(), record(precision="bf16"), record(epochs=3)], config, "test_error")
+    assert found.values == [10.0, 10.0] and found.reasons == [f"3 of {config.epochs} epochs"]
+    assert str(found) == "10 ± 0 (n=2, bf16 and fp32)"  # which precisions a mean is over is always said
+    assert str(diff.sample([record(epochs=3)], config, "test_error")) == f"not comparable: 3 of {config.epochs} epochs"
+    assert str(diff.sample([record()], config, "fid")) == "–"
 
 
 def test_config_hash_leaves_old_runs_as_they_were():
@@ -163,8 +168,9 @@ def test_collect_takes_whole_clean_runs_and_leaves_out_the_rest(house, trained, 
     assert [r["seed"] for r in records] == [1, 2]
     assert (house / "segma/figures/digits-samples.png").exists()
     text = (house / "segma/README.md").read_text()
-    assert "| 11.5 ± 0.71 % (n=2) |" in text and "figures/digits-samples.png" in text
-    assert "11.5 ± 0.71 % (n=2)" in (house / "README.md").read_text()
+    assert "| 11.5 ± 0.71 (n=2) |" in text and "figures/digits-samples.png" in text
+    assert "11.5 ± 0.71 (n=2)" in (house / "README.md").read_text()
+    assert "details" not in records[0] and records[0].keys() == diff.RECORD.keys()
     put_run(runs, trained, 0)
     call(diff.main, "collect", "--runs", runs, capsys=capsys)
     assert [r["seed"] for r in json.loads((house / "segma/results/digits.json").read_text())] == [0, 1, 2]
@@ -182,7 +188,7 @@ def test_show_and_pending(house, trained, capsys, tmp_path):
         put_run(runs, trained, seed)
     call(diff.main, "collect", "--runs", runs, capsys=capsys)
     code, out, _ = call(diff.main, "show", "segma", "--experiment", "digits", "--runs", runs, capsys=capsys)
-    assert code == 0 and re.search(r"digits +– +14.5 ± 3 % \(n=10\) +– +14.5 ± 3 % \(n=10\) +yours as the reference", out)
+    assert code == 0 and re.search(r"digits +– +14.5 ± 3 \(n=10\) +– +14.5 ± 3 \(n=10\) +yours as the reference", out)
     assert "segma-digits" not in call(diff.main, "pending", "--runs", runs, capsys=capsys)[1]
     (runs / "segma/mnist/seed2").mkdir(parents=True)
     (runs / "segma/mnist/seed2/log.csv").write_text("epoch\n1\n2\n")
@@ -192,10 +198,15 @@ def test_show_and_pending(house, trained, capsys, tmp_path):
 def test_damaged_inputs_of_the_diff(house, capsys, tmp_path):
     folder = tmp_path / "runs/segma/digits/seed0"
     folder.mkdir(parents=True)
-    (folder / "eval.json").write_text('{"experiment": "dig')
-    code, _, err = call(diff.main, "show", "--runs", tmp_path / "runs", capsys=capsys)
-    assert code == 2 and "eval.json: not valid JSON" in err and err.count("\n") == 1
+    wrong = json.dumps(record() | {"metrics": {"test_error": float("nan")}})
+    for content in ('{"experiment": "dig', "{}", "[]", "[3]", "null", '"text"', json.dumps(record()), wrong):
+        (folder / "eval.json").write_text(content)
+        for what in ("show", "collect"):
+            code, _, err = call(diff.main, what, "--runs", tmp_path / "runs", capsys=capsys)
+            assert (code, err.count("\n")) == (2, 1) and "eval.json: " in err if content != "[]" else code == 0
     assert call(diff.main, "show", "sigma", capsys=capsys)[0] == 2
+    assert "unknown experiment 'digit'" in call(diff.main, "show", "--experiment", "digit", capsys=capsys)[2]
+    assert call(diff.main, "pending", "segma", capsys=capsys)[0] == 2
     (house / "segma/published.yaml").write_text("entries:\n  - {id: x}\n")
     code, _, err = call(diff.main, "show", capsys=capsys)
     assert code == 2 and "published.yaml: an entry is not complete" in err

@@ -90,7 +90,7 @@ def test_every_config_is_complete_and_every_value_has_a_source(path):
     lines = path.read_text().splitlines()
     assert re.match(r"# \S", lines[0])  # what `make` shows
     for line in lines[1:]:
-        assert re.match(r"\w+: \S+ +# .*(Sec\.|Table|eq\.|authors' code|ours: |as mnist)", line), f"{path.name}: no source: {line}"
+        assert re.match(r"\w+: \S+ +# .*(Sec\.|Table|eq\.|authors' code|ours: )", line), f"{path.name}: no source: {line}"
 
 
 # ---------------------------------------------------------------------------------------------------------- randomness
@@ -134,9 +134,23 @@ def test_any_flipped_byte_or_cut_falls_back_aloud(tmp_path, capsys):
         path.write_bytes(broken)
         assert run.load_checkpoint(path)["step"] == 1
         assert "damaged" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.damaged.pt").exists() and not path.exists()
+    run.save_checkpoint(path, states()[2])  # does not rotate the damaged file over the good one
+    path.write_bytes(b"broken again")
+    assert run.load_checkpoint(path)["step"] == 1
+    path.write_bytes(b"broken again")
     run.previous(path).write_bytes(b"also broken")
     with pytest.raises(UserError, match="Nothing to resume from"):
         run.load_checkpoint(path)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(tmp_path):
+    run.save_checkpoint(tmp_path / "checkpoint.pt", states()[0])
+    run.save_checkpoint(tmp_path / "checkpoint.pt", states()[1])
+    (tmp_path / "checkpoint.pt").unlink()
+    (tmp_path / "checkpoint.pt").mkdir()
+    with pytest.raises(UserError, match="checkpoint.pt: cannot be read"):
+        run.load_checkpoint(tmp_path / "checkpoint.pt")
 
 
 def test_a_checkpoint_that_carries_code_does_not_run_it(tmp_path):
@@ -271,8 +285,12 @@ def test_provenance_names_every_commit_and_any_dirty_tree():
         "sessions": [session | {"git_commit": c, "git_dirty": d} for c, d in (("a", False), ("a", True), ("b", False))],
         "seconds": 12.34,
         "epoch": 7,
+        "step": 3,
     }
     found = run.provenance(state)
     assert found["git_commit"] == "b" and found["git_commits"] == ["a", "b"] and found["git_dirty"] is True
     assert found["precision"] == "bf16" and found["epochs"] == 7 and found["training_seconds"] == 12.3
+    assert found["device"] == "x" and found["steps_beyond"] == 3
+    moved = run.provenance(state | {"sessions": [*state["sessions"], session | {"device": "y", "git_commit": "b", "git_dirty": False}]})
+    assert moved["device"] == ["x", "y"]
     assert run.provenance(state | {"sessions": [session | {"git_commit": None, "git_dirty": None}]})["git_dirty"] is True
