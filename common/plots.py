@@ -43,17 +43,19 @@ def save_labelled_grid(
 
 
 def save_matrix(values: Tensor, path: Path, names: Sequence[str], title: str, text: Sequence[Sequence[str]], colours: str) -> None:
-    """A square matrix (K, K) as a heat map, `text` in its cells. colours: what the colour bar says."""
+    """A square matrix (K, K) as a heat map without its diagonal, `text` in its cells. colours: what the colour bar says."""
+    values = values.cpu().clone().fill_diagonal_(float("nan"))
+    shown = values[~values.isnan()]
+    middle = (shown.min() + shown.max()) / 2
     figure, axes = _pyplot().subplots(figsize=(0.55 * len(names) + 2.2, 0.5 * len(names) + 1.2))
-    shown = axes.imshow(values.cpu().numpy(), cmap="viridis")
-    middle = (values.min() + values.max()) / 2
+    picture = axes.imshow(values.numpy(), cmap="viridis")
     for i, row in enumerate(text):
         for j, word in enumerate(row):
             axes.text(j, i, word, ha="center", va="center", fontsize=7, color="white" if values[i, j] < middle else "black")
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_title(title, fontsize=9)
-    figure.colorbar(shown, ax=axes, label=colours)
+    figure.colorbar(picture, ax=axes, label=colours)
     _save(figure, path)
 
 
