@@ -106,7 +106,7 @@ def config_of(paper: str, experiment: str):
     """The committed config of an experiment, or None where it is not written yet."""
     if experiment not in run.experiments(paper):
         return None
-    return run.experiment_config(paper, importlib.import_module(f"{paper}.train").Config, experiment)
+    return run.experiment_config(paper, experiment)
 
 
 def not_comparable(record: dict, config) -> str | None:

@@ -12,6 +12,7 @@ import difflib
 import errno
 import fcntl
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -208,11 +209,21 @@ def check_experiment(paper: str, experiment: str) -> None:
         raise UserError(f"unknown experiment {experiment!r}; {hint}the experiments are {', '.join(known)}")
 
 
-def experiment_config(paper: str, cls: type, experiment: str, overrides: dict | None = None) -> typing.Any:
+def module_of(paper: str, values: dict) -> types.ModuleType:
+    """The module that defines a config's Config, networks and training step: the file that its key `module` names, or train.py."""
+    name = values.get("module", "train")
+    if not (isinstance(name, str) and name.isidentifier() and (ROOT / paper / f"{name}.py").exists()):
+        raise UserError(f"module: {paper} has no file {name!r}.py")
+    return importlib.import_module(f"{paper}.{name}")
+
+
+def experiment_config(paper: str, experiment: str, overrides: dict | None = None) -> typing.Any:
     """The config of an experiment, with overrides from the command line."""
     check_experiment(paper, experiment)
     path = ROOT / paper / "configs" / f"{experiment}.yaml"
-    config = make_config(cls, read_yaml(path), str(path.relative_to(ROOT)))
+    values = read_yaml(path)
+    cls = module_of(paper, values).Config
+    config = make_config(cls, values, str(path.relative_to(ROOT)))
     return make_config(cls, {**dataclasses.asdict(config), **(overrides or {})}, "command line")
 
 
@@ -284,8 +295,8 @@ class Parser(argparse.ArgumentParser):
         return namespace
 
 
-def parse(paper: str, cls: type, argv: list[str] | None = None) -> tuple[typing.Any, Options]:
-    """The command line of `python -m <paper>.train`: config and options. Every field of the config `cls` is a flag."""
+def parse(paper: str, argv: list[str] | None = None) -> tuple[typing.Any, Options]:
+    """The command line of `python -m <paper>.train`: config and options. Every field of the experiment's config is a flag."""
     parser = Parser(prog=f"python -m {paper}.train")
     add_options(parser, paper)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, on CPU and GPU")
@@ -294,13 +305,21 @@ def parse(paper: str, cls: type, argv: list[str] | None = None) -> tuple[typing.
     parser.add_argument("--describe", action="store_true", help="print what would be trained, and stop")
     parser.add_argument("--json", action="store_true", help="with --describe: for programs")
     fields = parser.add_argument_group("fields of the config; default: the experiment's")
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for name in hints:
+    # Which config it is stands in the experiment's file: so first the flags of all of them, then those of the one that is asked for.
+    modules = {experiment: module_of(paper, read_yaml(ROOT / paper / "configs" / f"{experiment}.yaml")) for experiment in experiments(paper)}
+    hints = {name: typing.get_type_hints(module.Config, include_extras=True) for name, module in modules.items()}
+    for name in dict.fromkeys(name for fields_of_one in hints.values() for name in fields_of_one):
         fields.add_argument(f"--{name.replace('_', '-')}", dest=f"field_{name}", default=argparse.SUPPRESS, metavar="VALUE")
     namespace = parser.parse_all(argv)
-    given = {name: vars(namespace).pop(f"field_{name}") for name in hints if f"field_{name}" in namespace}
-    overrides = {name: parse_flag(name, text, hints[name]) for name, text in given.items()}
-    return experiment_config(paper, cls, namespace.experiment, overrides), Options(**vars(namespace))
+    check_experiment(paper, namespace.experiment)
+    known = hints[namespace.experiment]
+    overrides = {}
+    for key in [key for key in vars(namespace) if key.startswith("field_")]:
+        name, text = key.removeprefix("field_"), vars(namespace).pop(key)
+        if name not in known:
+            raise UserError(f"--{name.replace('_', '-')}: {namespace.experiment} has no such value{nearest(name, known)}")
+        overrides[name] = parse_flag(name, text, known[name])
+    return experiment_config(paper, namespace.experiment, overrides), Options(**vars(namespace))
 
 
 def add_options(parser: argparse.ArgumentParser, paper: str) -> None:
@@ -686,10 +705,10 @@ def provenance(state: dict) -> dict:
 # ------------------------------------------------------------------------------------------------------------ describe
 
 
-def describe(networks: dict[str, torch.nn.Module], inputs: dict[str, Tensor], config: typing.Any, as_json: bool) -> str:
+def describe(networks: dict[str, torch.nn.Module], inputs: dict[str, Tensor | tuple[Tensor, ...]], config: typing.Any, as_json: bool) -> str:
     """What would be trained: each network layer by layer with output shapes and parameter counts, and the config.
 
-    inputs: an example batch for each network that is called; the others are described by their parameters.
+    inputs: an example batch (or several, in a tuple) for each network that is called; the others are described by their parameters.
     """
     described = {}
     for name, network in networks.items():
@@ -712,7 +731,7 @@ def describe(networks: dict[str, torch.nn.Module], inputs: dict[str, Tensor], co
 
 
 @torch.no_grad()
-def _trace(network: torch.nn.Module, example: Tensor, layers: list[dict]) -> None:
+def _trace(network: torch.nn.Module, example: Tensor | tuple[Tensor, ...], layers: list[dict]) -> None:
     """Run `example` through `network` and note what each layer without sub-layers gives out, without the batch dimension."""
 
     def note(module: torch.nn.Module, _: object, output: Tensor) -> None:
@@ -720,6 +739,6 @@ def _trace(network: torch.nn.Module, example: Tensor, layers: list[dict]) -> Non
         layers.append({"layer": type(module).__name__, "output": list(output.shape[1:]), "parameters": count})
 
     hooks = [m.register_forward_hook(note) for m in network.modules() if not list(m.children())]
-    network(example)
+    network(*example) if isinstance(example, tuple) else network(example)
     for hook in hooks:
         hook.remove()

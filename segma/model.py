@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# ------------------------------------------------------------------------------------------------ networks, Sec. VI-A
+# ------------------------------------------------------------------------------------ networks, Sec. VI-A and the appendix
 
 
 def mlp_encoder(image_shape: tuple[int, int, int], hidden: int, layers: int, latent_dim: int) -> nn.Sequential:
@@ -31,6 +31,33 @@ def mlp_decoder(image_shape: tuple[int, int, int], hidden: int, layers: int, lat
     return nn.Sequential(*stack, nn.Unflatten(1, image_shape))  # (B, C, H, W)
 
 
+def convolutions() -> nn.Sequential:
+    """Appendix: four 4×4 convolutions of stride 2, ReLU. In: (B, 3, 64, 64) in [0, 1]; out: (B, 1024), not negative."""
+    stack: list[nn.Module] = []
+    for before, after in ((3, 32), (32, 32), (32, 64), (64, 64)):  # (B, ·, 32, 32), (B, ·, 16, 16), (B, ·, 8, 8), (B, ·, 4, 4)
+        stack += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*stack, nn.Flatten())  # (B, 1024)
+
+
+def transposed_convolutions() -> nn.Sequential:
+    """Appendix: the way back, 64 - 32 - 32 - 3 filters. In: (B, 1024); out: (B, 3, 64, 64), unbounded."""
+    stack: list[nn.Module] = [nn.Unflatten(1, (64, 4, 4))]  # (B, 64, 4, 4)
+    for before, after in ((64, 64), (64, 32), (32, 32)):  # (B, ·, 8, 8), (B, ·, 16, 16), (B, ·, 32, 32)
+        stack += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*stack, nn.ConvTranspose2d(32, 3, 4, stride=2, padding=1))  # (B, 3, 64, 64)
+
+
+def conv_encoder(hidden: int, layers: int, latent_dim: int) -> nn.Sequential:
+    """CelebA: the convolutions, 786 - 786 - 32, ReLU. In: (B, 3, 64, 64) in [0, 1]; out: codes (B, D), unbounded."""
+    return nn.Sequential(*convolutions(), *mlp_encoder((1024,), hidden, layers, latent_dim)[1:])
+
+
+def conv_decoder(hidden: int, layers: int, latent_dim: int) -> nn.Sequential:
+    """CelebA: 32 - 786 - 786 - 1024, ReLU, the transposed convolutions, sigmoid out. In: codes (B, D); out: (B, 3, 64, 64) in [0, 1]."""
+    dense = mlp_decoder((1024,), hidden, layers, latent_dim)[:-2]  # without its sigmoid and its image shape
+    return nn.Sequential(*dense, nn.ReLU(), *transposed_convolutions(), nn.Sigmoid())
+
+
 class Mixture(nn.Module):
     """The target distribution in latent space, P_Z = Σ_k p_k N(μ_k, I) (Definition 1).
 
@@ -42,26 +69,35 @@ class Mixture(nn.Module):
         self.means = nn.Parameter(torch.zeros(n_components, latent_dim))
         self.register_buffer("priors", torch.full((n_components,), 1 / n_components))
 
-    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """n codes (n, D) from P_Z and the component (n,) of each, drawn in proportion to the priors."""
-        components = torch.multinomial(self.priors.cpu(), n, replacement=True, generator=generator)
-        noise = torch.randn(n, self.means.shape[1], generator=generator)
-        return self.means.detach()[components] + noise.to(self.means.device), components
-
 
 def build(config) -> dict[str, nn.Module]:
     """Every trained part by name, freshly initialised from torch's global random state. config: a train.Config."""
-    shape, width = config.image_shape, (config.hidden_dim, config.hidden_layers, config.latent_dim)
-    networks = {"encoder": mlp_encoder(shape, *width), "decoder": mlp_decoder(shape, *width)}
+    shape, hidden, dim = config.image_shape, config.hidden_dim, config.latent_dim
+    layers = config.hidden_layers, config.decoder_layers or config.hidden_layers
+    if convolutional(shape):
+        networks = {"encoder": conv_encoder(hidden, layers[0], dim), "decoder": conv_decoder(hidden, layers[1], dim)}
+    else:
+        networks = {"encoder": mlp_encoder(shape, hidden, layers[0], dim), "decoder": mlp_decoder(shape, hidden, layers[1], dim)}
     for network in networks.values():
-        for layer in network.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        initialise(network, nn.init.xavier_uniform_)
     mixture = Mixture(config.n_components, config.latent_dim)
     with torch.no_grad():
         mixture.means.copy_(initial_means(config.n_components, config.latent_dim, config.mean_init))
     return {**networks, "mixture": mixture}
+
+
+def convolutional(image_shape: tuple[int, int, int]) -> bool:
+    """Whether images of this shape get the appendix's convolutions: those of CelebA, 3×64×64. The others are flattened."""
+    return tuple(image_shape) == (3, 64, 64)
+
+
+def initialise(network: nn.Module, weights: Callable[[Tensor], Tensor]) -> None:
+    """Initial weights by `weights`, biases 0, in every layer that has them."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            weights(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def initial_means(n_components: int, latent_dim: int, scale: float) -> Tensor:
@@ -142,6 +178,34 @@ def classification_loss(z: Tensor, labels: Tensor, means: Tensor, priors: Tensor
 def classify(z: Tensor, means: Tensor, priors: Tensor) -> Tensor:
     """The most probable component by eq. (7). z: (n, D) -> (n,)."""
     return log_joint(z, means, priors).argmax(1)
+
+
+# ------------------------------- what any of the systems can do, for train.py and eval.py; networks: as `build` names them
+
+
+def encode(networks: dict[str, nn.Module], x: Tensor) -> Tensor:
+    """Codes (B, D) of images x (B, C, H, W) in [0, 1]."""
+    return networks["encoder"](x)
+
+
+def decode(networks: dict[str, nn.Module], codes: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [0, 1] of codes (B, D)."""
+    return networks["decoder"](codes)
+
+
+def classes(networks: dict[str, nn.Module], codes: Tensor) -> Tensor:
+    """The class (B,) of each code, eq. (7)."""
+    return classify(codes, networks["mixture"].means, networks["mixture"].priors)
+
+
+def priors(networks: dict[str, nn.Module]) -> Tensor:
+    """The probability (K,) of each component when codes are drawn from the target distribution: p_k."""
+    return networks["mixture"].priors
+
+
+def place(networks: dict[str, nn.Module], noise: Tensor, components: Tensor) -> Tensor:
+    """Codes (B, D) at `noise` (B, D) from the mean of each one's component (B,)."""
+    return networks["mixture"].means[components] + noise
 
 
 # ------------------------------------------------------------------------------- moving codes, Sec. VI-D; means: (K, D)

@@ -75,7 +75,7 @@ def test_few_seeds_are_indicative_and_counts_match_when_equal():
 
 
 def record(**provenance) -> dict:
-    config = run.experiment_config("segma", Config, "digits")
+    config = run.experiment_config("segma", "digits")
     from dataclasses import asdict
 
     return {
@@ -92,12 +92,12 @@ def record(**provenance) -> dict:
 
 
 def test_records_that_are_not_the_experiments_do_not_count():
-    config = run.experiment_config("segma", Config, "digits")
+    config = run.experiment_config("segma", "digits")
     assert diff.not_comparable(record(), config) is None
     assert diff.not_comparable(record(epochs=3), config) == f"3 of {config.epochs} epochs"
     assert "unofficial data (9 + 4 images)" in diff.not_comparable(record(data_official=False, train_images=9, test_images=4), config)
     assert "other data" in diff.not_comparable(record(data_digest="0" * 16), config)
-    other = run.experiment_config("segma", Config, "digits", {"learning_rate": 0.1})
+    other = run.experiment_config("segma", "digits", {"learning_rate": 0.1})
     changed = record() | {"config": record()["config"] | {"learning_rate": 0.1}, "config_hash": run.config_hash(other)}
     assert diff.not_comparable(changed, config) == "another config (learning_rate 0.1)"
     assert diff.not_comparable(record(steps_beyond=9), config) == f"{config.epochs} and 9 steps of {config.epochs} epochs"
@@ -149,7 +149,7 @@ def put_run(runs, trained, seed: int, **provenance) -> None:
     shutil.copytree(trained / "segma/digits/seed3/figures", folder / "figures")
     result = json.loads((trained / "segma/digits/seed3/eval.json").read_text()) | {"seed": seed}
     clean = {"git_commit": "a" * 40, "git_dirty": False}
-    epochs = run.experiment_config("segma", Config, "digits").epochs
+    epochs = run.experiment_config("segma", "digits").epochs
     result["provenance"] |= {"epochs": epochs, "git_commits": ["a" * 40], "evaluation": clean, **clean, **provenance}
     result["metrics"]["test_error"] = 10.0 + seed
     (folder / "eval.json").write_text(json.dumps(result))

@@ -266,7 +266,7 @@ def test_networks_are_those_of_section_vi_a():
     assert described["parameters"] == 1_863_690 + 1_864_464 + 100
     for name, layers in MNIST_LAYERS.items():
         assert [(x["layer"], x["output"]) for x in described["networks"][name]["layers"]] == layers
-    assert described["config"] == dataclasses.asdict(run.experiment_config("segma", Config, "mnist"))
+    assert described["config"] == dataclasses.asdict(run.experiment_config("segma", "mnist"))
 
 
 def test_initial_weights_are_glorot_uniform_with_zero_bias():
@@ -341,9 +341,9 @@ def test_a_short_run_learns(trained):
 def test_eval_json_is_complete(trained):
     result = json.loads((trained / "segma/digits/seed3/eval.json").read_text())
     assert (result["experiment"], result["seed"]) == ("digits", 3)
-    config = run.experiment_config("segma", Config, "digits", {"epochs": 12})
+    config = run.experiment_config("segma", "digits", {"epochs": 12})
     assert result["config"] == dataclasses.asdict(config)
-    assert result["config_hash"] == run.config_hash(config) == run.config_hash(run.experiment_config("segma", Config, "digits"))
+    assert result["config_hash"] == run.config_hash(config) == run.config_hash(run.experiment_config("segma", "digits"))
     provenance = result["provenance"]
     assert provenance["epochs"] == 12 and provenance["train_images"] == 1437 and provenance["data_official"] is True
     assert provenance["torch"] == torch.__version__ and provenance["precision"] == "fp32" and provenance["training_seconds"] > 0
