@@ -8,8 +8,10 @@ PRECISION ?= fp32
 THREADS ?= 0
 EPOCHS ?=
 INCEPTION ?=
+DATASET ?=
+UNOFFICIAL ?=
 
-WHERE = --data "$(DATA)" --runs "$(RUNS)" --device $(DEVICE) --threads $(THREADS)
+WHERE = --data "$(DATA)" --runs "$(RUNS)" --device $(DEVICE) --threads $(THREADS) $(if $(UNOFFICIAL),--unofficial-data)
 CONFIGS := $(sort $(wildcard */configs/*.yaml))
 TARGETS := $(foreach c,$(CONFIGS),$(firstword $(subst /, ,$(c)))-$(basename $(notdir $(c))))
 
@@ -25,7 +27,7 @@ endif
 .PHONY: help setup test lint diff results pending clean $(TARGETS)
 
 help:
-	@echo "Train, evaluate and diff (what it takes: SEEDS=\"0 1 2\" DATA=folder DEVICE=cpu|cuda EPOCHS=n PRECISION=fp32|bf16 RUNS=folder THREADS=n INCEPTION=file):"
+	@echo "Train, evaluate and diff (what it takes: SEEDS=\"0 1 2\" DATA=folder DEVICE=cpu|cuda EPOCHS=n PRECISION=fp32|bf16 RUNS=folder THREADS=n INCEPTION=file UNOFFICIAL=1 DATASET=folder:path):"
 	@$(foreach c,$(CONFIGS),printf '  make %-28s %s\n' '$(firstword $(subst /, ,$(c)))-$(basename $(notdir $(c)))' "$$(sed -n '1s/^# *//p' $(c))";)
 	@echo "Everything else:"
 	@printf '  make %-28s %s\n' \
@@ -52,7 +54,7 @@ setup: $(READY)
 $(TARGETS): $(READY)
 	@set -e; paper=$(firstword $(subst -, ,$@)); experiment=$(patsubst $(firstword $(subst -, ,$@))-%,%,$@); \
 	for seed in $(SEEDS); do \
-	  "$(PYTHON)" -m $$paper.train $$experiment --seed $$seed $(WHERE) --precision $(PRECISION) $(if $(EPOCHS),--epochs $(EPOCHS)); \
+	  "$(PYTHON)" -m $$paper.train $$experiment --seed $$seed $(WHERE) --precision $(PRECISION) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DATASET),--dataset "$(DATASET)"); \
 	  "$(PYTHON)" -m $$paper.eval $$experiment --seed $$seed $(WHERE) $(if $(INCEPTION),--inception "$(INCEPTION)"); \
 	done; \
 	"$(PYTHON)" -m common.diff show $$paper --experiment $$experiment --runs "$(RUNS)"

@@ -1,6 +1,14 @@
 """Data sets as tensors in memory: load, verify, and draw the labelled part.
 
-Downloading and reading is torchvision's; verifying is ours: every file is checked against its official digest on every start.
+    name                    under the data folder                                                             official digests
+    digits                  nothing: they come with scikit-learn                                              ours, of their integers
+    mnist, fashion_mnist    MNIST/raw/, FashionMNIST/raw/: four idx files each                                every file
+    svhn, svhn_extra        SVHN/: train_32x32.mat, test_32x32.mat; with extra also extra_32x32.mat           every file
+    celeba, celeba_train    celeba/: img_align_celeba/*.jpg, list_attr_celeba.txt, list_eval_partition.txt    the two text files
+    folder:PATH, folder_colour:PATH    a person's own images, PATH/<class>/*.jpg, anywhere                    there are none
+
+The layout is that of torchvision, which downloads what is missing (its SVHN class takes our SVHN/ as its root). Verifying is ours:
+every file that has an official digest is checked against it on every start.
 """
 
 import errno
@@ -8,18 +16,25 @@ import fcntl
 import hashlib
 import math
 import os
+import re
 import shutil
 import socket
+import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
-from common.run import UserError, generator
+from common.run import UserError, atomic, generator
 
 # The uncompressed idx files. SHA-256 of files whose MD5s are the publishers' (the .gz files' MD5s stand in torchvision).
 SHA256 = {
@@ -37,8 +52,25 @@ SHA256 = {
     },
 }
 DIGITS_DIGEST = "55c087b603d0064f"  # of scikit-learn's integers and our split
-NAMES = ("digits", *SHA256)
 FOLDER = {"mnist": "MNIST/raw", "fashion_mnist": "FashionMNIST/raw"}
+SVHN_SPLITS = {"svhn": ("train", "test"), "svhn_extra": ("train", "extra", "test")}  # the last is the test set
+CELEBA_TEXTS = ("list_attr_celeba.txt", "list_eval_partition.txt")
+CELEBA_PARTITIONS = {"celeba": (0, 1), "celeba_train": (0,)}  # trained on: the paper counts train and valid, its code takes train alone
+CELEBA_BOX = (19, 39, 159, 179)  # left, top, right, bottom of the 140×140 in the middle of 178×218
+CELEBA_VERSION = f"crop {CELEBA_BOX}, bilinear to 64×64, uint8 (N, C, H, W), v1"  # another preprocessing is another cache
+FOLDER_SHAPES = {"folder": (1, 28, 28), "folder_colour": (3, 64, 64)}
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # Pillow's names; not those that call other programs
+
+# (train, test) images of the official data.
+OFFICIAL_COUNTS: dict[str, tuple[int, int]] = {
+    "digits": (1437, 360),
+    "mnist": (60_000, 10_000),
+    "fashion_mnist": (60_000, 10_000),
+    "svhn": (73_257, 26_032),
+    "svhn_extra": (604_388, 26_032),
+    "celeba": (182_637, 19_962),
+    "celeba_train": (162_770, 19_962),
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +108,7 @@ class Dataset:
 def load(name: str, root: str | Path, unofficial: bool = False) -> Dataset:
     """Load data set `name` from `root`, downloading it there if it is missing and can be had.
 
+    name: a key of OFFICIAL_COUNTS, or folder:<path> or folder_colour:<path>, which have no business with `root`.
     unofficial: read files whose digest is not the official one all the same; the result says so.
     Raises UserError where the data are missing, truncated, altered or unreadable.
     """
@@ -83,16 +116,51 @@ def load(name: str, root: str | Path, unofficial: bool = False) -> Dataset:
         return _digits(unofficial)
     if name in SHA256:
         return _idx(name, Path(root), unofficial)
-    raise UserError(f"unknown data set {name!r}; known: {', '.join(NAMES)}")
+    if name in SVHN_SPLITS:
+        return _svhn(name, Path(root), unofficial)
+    if name in CELEBA_PARTITIONS:
+        return _celeba(name, Path(root), unofficial)
+    if name.partition(":")[0] in FOLDER_SHAPES:
+        return _folder(name)
+    raise UserError(f"unknown data set {name!r}; known: {', '.join([*OFFICIAL_COUNTS, *(f'{kind}:<path>' for kind in FOLDER_SHAPES)])}")
 
 
-def official_digest(name: str) -> str:
-    """The digest that `load` finds on the official data."""
-    return DIGITS_DIGEST if name == "digits" else _digest(SHA256[name].values())
+def official_digest(name: str) -> str | None:
+    """The digest that `load` finds on the official data, or None where it cannot be known beforehand.
+
+    That is CelebA's, which goes over the decoded pixels, and those depend on the JPEG decoder in the last bit; and a person's own.
+    """
+    if name == "digits":
+        return DIGITS_DIGEST
+    if name in SHA256:
+        return _digest(SHA256[name].values())
+    return _digest(_svhn_files(name).values()) if name in SVHN_SPLITS else None
 
 
 def _digest(parts: Iterable[str]) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
+def _verify(path: Path, expected: str, algorithm: str, unofficial: bool) -> str:
+    """The digest of a file. Raises UserError where it cannot be read, or is not `expected` and unofficial files are not asked for."""
+    try:
+        with open(path, "rb") as file:  # in pieces; some machines let MD5 pass only where it is not said to be security
+            found = hashlib.file_digest(file, partial(hashlib.new, algorithm, usedforsecurity=False)).hexdigest()
+            size = file.tell()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if found != expected and not unofficial:
+        raise UserError(
+            f"{path}: not the official file ({algorithm.upper()} {found[:12]}…, {size:,} bytes; expected {expected[:12]}…): "
+            "truncated, altered or a subset. Delete it and run again to download it, or pass --unofficial-data to use it as it is"
+        )
+    return found
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first three names, for a message."""
+    names = list(names)
+    return ", ".join(name[:40] for name in names[:3]) + (" …" if len(names) > 3 else "")
 
 
 def choose_labels(labels: Tensor, n: int, how: str, n_classes: int, seed: int) -> Tensor:
@@ -154,24 +222,20 @@ def _idx(name: str, root: Path, unofficial: bool) -> Dataset:
     import torchvision.datasets as sets
 
     folder = root / FOLDER[name]
-    if any(not (folder / file).exists() for file in SHA256[name]):
-        _download(name, root)
-    parts, found_digests, official = {}, [], True
+    cls = {"mnist": sets.MNIST, "fashion_mnist": sets.FashionMNIST}[name]
+
+    def fetch(part: Path, missing: list[str]) -> Iterator[str]:
+        for archive in folder.glob("*.gz"):  # a person may have brought the archives alone: torchvision checks their MD5
+            shutil.copy(archive, part / FOLDER[name])
+        cls(part, download=True)
+        yield from missing
+
+    _provide(name, root, FOLDER[name], list(SHA256[name]), fetch)
+    parts, found_digests = {}, []
     for file, expected in SHA256[name].items():
         path = folder / file
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        found = hashlib.sha256(content).hexdigest()
-        found_digests.append(found)
-        if found != expected:
-            official = False
-            if not unofficial:
-                raise UserError(
-                    f"{path}: not the official file (SHA-256 {found[:12]}…, {len(content):,} bytes; expected {expected[:12]}…): "
-                    "truncated or altered. Delete it and run again to download it, or pass --unofficial-data to use it as it is"
-                )
+        found_digests.append(_verify(path, expected, "sha256", unofficial))
+        content = path.read_bytes()
         dimensions = 3 if "images" in file else 1
         # Checked here since an unofficial file may hold anything, and torchvision's reader states its doubts as asserts.
         if len(content) < 4 + 4 * dimensions or content[:4] != bytes([0, 0, 8, dimensions]):
@@ -183,7 +247,6 @@ def _idx(name: str, root: Path, unofficial: bool) -> Dataset:
             raise UserError(f"{path}: its header announces {'×'.join(map(str, shape))} bytes, {there:,} are there")
         read = sets.mnist.read_image_file if dimensions == 3 else sets.mnist.read_label_file
         parts[file] = read(str(path))
-    classes = (sets.MNIST if name == "mnist" else sets.FashionMNIST).classes
     split = []
     for prefix in ("train", "t10k"):
         images, labels = parts[f"{prefix}-images-idx3-ubyte"].unsqueeze(1), parts[f"{prefix}-labels-idx1-ubyte"]
@@ -191,42 +254,414 @@ def _idx(name: str, root: Path, unofficial: bool) -> Dataset:
             raise UserError(f"{folder}: {len(images):,} {prefix} images but {len(labels):,} labels")
         if images.shape[1:] != (1, 28, 28):
             raise UserError(f"{folder}: {prefix} images are {images.shape[2]}×{images.shape[3]}, expected 28×28")
-        if labels.max() >= len(classes):
-            raise UserError(f"{folder}: a {prefix} label is {labels.max()}, expected 0 … {len(classes) - 1}")
+        if labels.max() >= len(cls.classes):
+            raise UserError(f"{folder}: a {prefix} label is {labels.max()}, expected 0 … {len(cls.classes) - 1}")
         split += [images, labels]
-    class_names = tuple(c.split(" - ")[0] for c in classes)
-    return Dataset(name, *split, class_names, _digest(found_digests), official)
+    class_names = tuple(c.split(" - ")[0] for c in cls.classes)
+    return Dataset(name, *split, class_names, _digest(found_digests), found_digests == list(SHA256[name].values()))
 
 
-def _download(name: str, root: Path) -> None:
-    """Download by torchvision into a folder beside the final one, then move the files: a kill leaves nothing half-written."""
-    import torchvision.datasets as sets
+# ------------------------------------------------------------------------------------------------------------------ SVHN
 
-    folder = root / FOLDER[name]
-    cls = {"mnist": sets.MNIST, "fashion_mnist": sets.FashionMNIST}[name]
+
+def _svhn_files(name: str) -> dict[str, str]:
+    """The .mat files of a set, the test set's last, and their official MD5s, as they stand in torchvision."""
+    from torchvision.datasets import SVHN
+
+    return {SVHN.split_list[split][1]: SVHN.split_list[split][2] for split in SVHN_SPLITS[name]}
+
+
+def _svhn(name: str, root: Path, unofficial: bool) -> Dataset:
+    """Street View House Numbers, 32×32 crops, from root/SVHN. svhn_extra: the training set is train followed by extra."""
+    from torchvision.datasets import SVHN
+    from torchvision.datasets.utils import download_url
+
+    files = _svhn_files(name)
+
+    def fetch(part: Path, missing: list[str]) -> Iterator[str]:
+        for url, file, md5 in SVHN.split_list.values():
+            if file in missing:
+                download_url(url, part / "SVHN", file, md5)
+                yield file
+
+    _provide(name, root, "SVHN", list(files), fetch)
+    found = [_verify(root / "SVHN" / file, md5, "md5", unofficial) for file, md5 in files.items()]
+    *train, test = (root / "SVHN" / file for file in files)
+    split = (*_read_mats(train), *_read_mats([test]))
+    return Dataset(name, *split, tuple("0123456789"), _digest(found), found == list(files.values()))
+
+
+def _read_mats(paths: list[Path]) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 32, 32) and labels (N,) of several .mat files, one after the other.
+
+    The pixels are held once, and beside them one file's while it is read. The last file is read first: of svhn_extra's it is the
+    largest, and what was not written to yet takes no memory; so the peak is 3.3 GB, for 1.9 GB of pixels.
+    """
+    counts = [_mat_count(path) for path in paths]
+    images = torch.empty(sum(counts), 3, 32, 32, dtype=torch.uint8)
+    labels = torch.empty(sum(counts), dtype=torch.int64)
+    for path, *parts in reversed(list(zip(paths, images.split(counts), labels.split(counts), strict=True))):
+        _read_mat(path, *parts)
+    return images, labels
+
+
+@contextmanager
+def _reading_mat(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # on a damaged file scipy raises nearly anything, from IndexError to zlib's own
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{path}: not a readable MATLAB file: truncated, altered or another format ({reason})") from None
+
+
+def _mat_count(path: Path) -> int:
+    """How many images a .mat file announces. Raises UserError where it does not hold X and y in SVHN's shapes."""
+    import scipy.io
+
+    with _reading_mat(path):
+        shapes = {name: shape for name, shape, _ in reversed(scipy.io.whosmat(path))}  # of two of a name, loadmat takes the first
+    missing = [name for name in "Xy" if name not in shapes]
+    if missing:
+        raise UserError(f"{path}: has no {' and no '.join(missing)}, but {', '.join(sorted(shapes)) or 'nothing'}; expected SVHN's X and y")
+    x, y = shapes["X"], shapes["y"]
+    if len(x) != 4 or x[:3] != (32, 32, 3) or 0 in x:
+        raise UserError(f"{path}: X is {'×'.join(map(str, x))}, expected 32×32×3×N, the cropped digits (format 2)")
+    if y != (x[3], 1):
+        raise UserError(f"{path}: y is {'×'.join(map(str, y))}, expected {x[3]}×1: one label for each image of X")
+    return x[3]
+
+
+def _read_mat(path: Path, images: Tensor, labels: Tensor) -> None:
+    """Fill images (N, 3, 32, 32) and labels (N,) from X (32, 32, 3, N) and y (N, 1), where 10 stands for the digit 0."""
+    import scipy.io
+
+    with _reading_mat(path):
+        content = scipy.io.loadmat(path, variable_names=("X", "y"))
+    pixels, digits = content["X"], content["y"]
+    if getattr(pixels, "dtype", None) != np.uint8:
+        raise UserError(f"{path}: X holds {getattr(pixels, 'dtype', 'no numbers')}, expected uint8")
+    if not isinstance(digits, np.ndarray) or digits.dtype.kind not in "uif":
+        raise UserError(f"{path}: y holds {getattr(digits, 'dtype', 'no numbers')}, expected numbers")
+    wrong = digits[~np.isin(digits, range(1, 11))]
+    if len(wrong):
+        raise UserError(f"{path}: a label is {wrong[0]}, expected 1 … 10 (10 stands for the digit 0)")
+    images.copy_(torch.from_numpy(pixels).permute(3, 2, 0, 1))
+    labels.copy_(torch.from_numpy(digits.astype(np.int64)[:, 0] % 10))
+
+
+# ---------------------------------------------------------------------------------------------------------------- CelebA
+
+
+def _celeba(name: str, root: Path, unofficial: bool) -> Dataset:
+    """CelebA's aligned faces from root/celeba: the middle 140×140 brought to 64×64, four classes from Male and Smiling.
+
+    Official are the two text files; of the images only the archive has an official digest, so of them no more is known than that
+    all are there, can be decoded and are 178×218. The valid images are read for both names: the two share one cache.
+    """
+    from torchvision.datasets import CelebA
+    from torchvision.datasets.utils import check_integrity, download_file_from_google_drive, extract_archive
+
+    folder, images = root / "celeba", root / "celeba/img_align_celeba"
+    official = {file: md5 for _, md5, file in CelebA.file_list}
+
+    def fetch(part: Path, missing: list[str]) -> Iterator[str]:
+        for file_id, md5, file in CelebA.file_list:
+            if file in missing:
+                download_file_from_google_drive(file_id, part / "celeba", file, md5)
+                yield file
+            elif file == "img_align_celeba.zip" and images.name in missing:
+                archive = folder / file  # a person may have brought it
+                if not archive.exists():
+                    archive = part / "celeba" / file
+                    download_file_from_google_drive(file_id, archive.parent, file, md5)
+                elif not check_integrity(archive, md5):
+                    raise RuntimeError(f"the {file} there is not the official one: its MD5 is not {md5[:12]}…")
+                extract_archive(archive, part / "celeba")
+                yield images.name
+
+    _provide(name, root, "celeba", [images.name, *CELEBA_TEXTS], fetch)
+    found = [_verify(folder / file, official[file], "md5", unofficial) for file in CELEBA_TEXTS]
+    classes, partition = _celeba_classes(folder / CELEBA_TEXTS[0]), _celeba_partition(folder / CELEBA_TEXTS[1])
+    names = sorted(partition, key=partition.__getitem__)  # train, valid, test, each in file order: a split is a slice, not a copy
+    unknown = [n for n in names if n not in classes]
+    if unknown:
+        raise UserError(f"{folder / CELEBA_TEXTS[0]}: no attributes of {len(unknown):,} images that the partition names ({_some(unknown)})")
+    n_train, n_valid, n_test = (list(partition.values()).count(p) for p in range(3))
+    if not n_train or not n_test:
+        raise UserError(f"{folder / CELEBA_TEXTS[1]}: names {n_train} training and {n_test} test images (0 and 2), expected some of each")
+    pixels, pixels_digest = _celeba_pixels(images, names, found)
+    split = slice(n_train + n_valid if 1 in CELEBA_PARTITIONS[name] else n_train), slice(n_train + n_valid, None)
+    pixels, labels = torch.from_numpy(pixels), torch.tensor([classes[n] for n in names])
+    return Dataset(
+        name,
+        *(tensor[part] for part in split for tensor in (pixels, labels)),
+        ("not male, not smiling", "not male, smiling", "male, not smiling", "male, smiling"),
+        _digest([*found, pixels_digest]),
+        found == [official[file] for file in CELEBA_TEXTS],
+    )
+
+
+def _celeba_classes(path: Path) -> dict[str, int]:
+    """Image name -> 2·male + smiling, from list_attr_celeba.txt: a count, the attributes' names, a row of ±1 for each image."""
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    names, rows = lines[1].split() if len(lines) > 1 else [], lines[2:]
+    if not {"Male", "Smiling"} <= set(names):
+        raise UserError(f"{path}: line 2 names no attributes Male and Smiling ({_some(names) or 'nothing'}); expected CelebA's 40")
+    if lines[0].strip() != str(len(rows)):
+        raise UserError(f"{path}: line 1 announces {lines[0].strip()[:20]} images, {len(rows)} rows follow")
+    classes, male, smiling = {}, names.index("Male") + 1, names.index("Smiling") + 1
+    for i, row in enumerate(rows, start=3):
+        cells = row.split()
+        if len(cells) != len(names) + 1:
+            raise UserError(f"{path}: line {i} has {len(cells)} columns, expected {len(names) + 1}: an image and {len(names)} attributes")
+        if not {cells[male], cells[smiling]} <= {"1", "-1"}:
+            raise UserError(f"{path}: line {i}: Male is {cells[male]} and Smiling {cells[smiling]}, expected 1 or -1")
+        classes[cells[0]] = 2 * (cells[male] == "1") + (cells[smiling] == "1")
+    if len(classes) < len(rows):
+        raise UserError(f"{path}: {len(rows) - len(classes)} images have several rows")
+    return classes
+
+
+def _celeba_partition(path: Path) -> dict[str, int]:
+    """Image name -> 0 (train), 1 (valid) or 2 (test), from list_eval_partition.txt."""
+    partition: dict[str, int] = {}
+    for i, row in enumerate(path.read_text(encoding="utf-8", errors="replace").strip().splitlines(), start=1):
+        found = re.fullmatch(r"(\S+)\s+([012])\s*", row)
+        if not found:
+            raise UserError(f"{path}: line {i} is {row[:40]!r}, expected an image and 0, 1 or 2, as in '000001.jpg 0'")
+        if found[1] in partition:
+            raise UserError(f"{path}: line {i} names {found[1]} a second time")
+        partition[found[1]] = int(found[2])
+    return partition
+
+
+def _celeba_pixels(folder: Path, names: list[str], text_digests: list[str]) -> tuple[np.ndarray, str]:
+    """The images as uint8 (N, 3, 64, 64), in the order of `names`, and the pixels' SHA-256: decoded once, from then on read from a cache.
+
+    The cache's name says what it was made from; its SHA-256 stands beside it and is verified on every start. It may be deleted.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+    missing = sorted(n for n in names if n not in sizes)
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing):,} of {len(names):,} images that {CELEBA_TEXTS[1]} names are not there ({_some(missing)}). "
+            "Unpack img_align_celeba.zip again, or name only those that are there and pass --unofficial-data"
+        )
+    shape = (len(names), 3, 64, 64)
+    file = f"pixels-64x64-{_digest([CELEBA_VERSION, *text_digests, *(f'{n} {sizes[n]};' for n in names)])}.bin"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    places = (folder.parent, Path(home, "gmm-reproductions"))
+    for place in places:
+        if cached := _read_cache(place / file, shape):
+            return cached
+    place = next((place for place in places if _has_room(place, math.prod(shape))), None)
+    if place is None:
+        where, needed = " nor ".join(map(str, places)), math.prod(shape) / 1e9
+        raise UserError(f"celeba: neither {where} can be written and has {needed:.1f} GB free, for the decoded images. Set XDG_CACHE_HOME")
+    with _locked(place):
+        if cached := _read_cache(place / file, shape, aloud=False):  # of a process that was first
+            return cached
+        for part in place.glob(f".{file}*.part"):  # of a process that was killed while it wrote
+            part.unlink()
+        print(f"celeba: decoding {len(names):,} images, once; they are kept in {place / file}", flush=True)
+        pixels = _decode([folder / n for n in names], _celeba_face, shape[1:])
+        digest = hashlib.sha256(pixels.ravel()).hexdigest()
+        with atomic(place / file, "wb") as out:
+            out.write(pixels.ravel())
+        with atomic(place / f"{file}.sha256") as out:  # after the pixels, in the format of sha256sum
+            out.write(f"{digest}  {file}\n")
+    return pixels, digest
+
+
+def _celeba_face(image: Image.Image) -> Image.Image:
+    if image.size != (178, 218):
+        raise ValueError(f"{image.width}×{image.height} pixels, expected 178×218")
+    return image.convert("RGB").crop(CELEBA_BOX).resize((64, 64), Image.Resampling.BILINEAR)
+
+
+def _read_cache(path: Path, shape: tuple[int, ...], aloud: bool = True) -> tuple[np.ndarray, str] | None:
+    """The cached array and its SHA-256; None where there is none, or where it is not what its SHA-256 says, and then aloud."""
+    try:
+        expected = Path(f"{path}.sha256").read_text(encoding="utf-8", errors="replace")[:64]
+        whole = path.stat().st_size == math.prod(shape)
+        pixels = np.fromfile(path, np.uint8) if whole else np.empty(0, np.uint8)
+    except OSError:  # there is none, or it is somebody else's
+        return None
+    if hashlib.sha256(pixels).hexdigest() == expected:
+        return pixels.reshape(shape), expected
+    if aloud:
+        print(f"{path}: damaged: it is not what its SHA-256 says; the images are decoded anew", flush=True)
+    return None
+
+
+def _has_room(place: Path, size: int) -> bool:
+    """Whether `size` bytes can be written in a folder, which is made if it is not there."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        # The mode as well: root may write anywhere, but a folder that is marked read-only is to be left alone.
+        return os.access(place, os.W_OK) and bool(place.stat().st_mode & 0o222) and shutil.disk_usage(place).free > size
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------- a person's own images
+
+
+def _folder(name: str) -> Dataset:
+    """A folder of class folders of images, as grey 28×28 (folder:) or colour 64×64 (folder_colour:); classes in the order of names.
+
+    Each image is cut to the square in its middle and brought to size bilinearly, with antialiasing. Where there are folders train and
+    test, they are the split. Otherwise a fifth of each class, at least one image, is the test set: those whose paths have the smallest
+    SHA-256, so that the split depends on nothing but the files' names.
+    """
+    kind, _, given = name.partition(":")
+    folder = Path(os.path.expanduser(given))
+    if not given:
+        raise UserError(f"{name}: names no folder; expected {kind}:<path>")
+    if not folder.is_dir():
+        raise UserError(f"{name}: {folder} is {'not a folder' if folder.exists() else 'not there'}; expected a folder of class folders")
+    there = [part for part in ("train", "test") if (folder / part).is_dir()]
+    if len(there) == 2:
+        train, test = _class_files(folder / "train"), _class_files(folder / "test")
+        if list(train) != list(test):
+            raise UserError(
+                f"{folder}: train and test must have the same classes; only one of them has {_some(sorted({*train} ^ {*test}))}"
+            )
+    elif there and not any(_is_image(path) for path in (folder / there[0]).iterdir()):
+        raise UserError(f"{folder}: has {there[0]} but not its counterpart; expected both train and test, or the class folders themselves")
+    else:
+        train, test = {}, {}
+        for label, files in _class_files(folder).items():
+            if len(files) < 2:
+                raise UserError(f"{folder / label}: holds 1 image, expected at least 2: one to train on and one to test on")
+            shuffled = sorted(files, key=lambda path: hashlib.sha256(os.fsencode(path.relative_to(folder))).digest())
+            test[label] = sorted(shuffled[: max(1, round(len(files) / 5))])
+            train[label] = sorted(set(files) - set(test[label]))
+    paths = [path for split in (train, test) for files in split.values() for path in files]
+    labels = torch.tensor([i for split in (train, test) for i, files in enumerate(split.values()) for _ in files])
+    shape = FOLDER_SHAPES[kind]
+    pixels = _decode(paths, partial(_square, shape=shape), shape)
+    n, images = sum(map(len, train.values())), torch.from_numpy(pixels)
+    digest = _digest([hashlib.sha256(pixels.ravel()).hexdigest(), f"{n}/", *(f"{c}/" for c in train), *map(str, labels.tolist())])
+    name = f"{kind}:{Path(os.path.abspath(folder)).name}"  # never the whole path, which would go into results
+    return Dataset(name, images[:n], labels[:n], images[n:], labels[n:], tuple(train), digest, official=False)
+
+
+def _is_image(path: Path) -> bool:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".") and not path.is_dir()
+
+
+def _class_files(folder: Path) -> dict[str, list[Path]]:
+    """Class name -> its images, also those in folders within; both sorted. A link to a folder is followed for a class, never within."""
+    classes = {}
+    try:
+        for place in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
+            if folder.resolve().is_relative_to(place.resolve()):
+                raise UserError(f"{place}: is a link back to the folder that holds it, expected a class folder")
+            found = (Path(inside, file) for inside, _, files in os.walk(place, onerror=_raise) for file in files)
+            classes[place.name] = sorted(filter(_is_image, found))
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    if not classes:
+        raise UserError(f"{folder}: holds no class folders; expected a folder of images for each class")
+    empty = [label for label, files in classes.items() if not files]
+    if empty:
+        raise UserError(f"{folder}: no images in the class {_some(empty)}; expected files such as .jpg, .png, .bmp or .webp")
+    return classes
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _square(image: Image.Image, shape: tuple[int, int, int]) -> Image.Image:
+    """The square in an image's middle, upright, on white where it is transparent, brought to shape (C, H, W)."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"pixels of kind {image.mode}, expected 8 bits per channel")
+    image = ImageOps.exif_transpose(image)  # a telephone's pictures lie on their side without it
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.convert("L" if shape[0] == 1 else "RGB").crop((left, top, left + side, top + side))
+    return image.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
+
+
+# ------------------------------------------------------------------------------------------------ what several of them need
+
+
+def _decode(paths: list[Path], prepare: Callable[[Image.Image], Image.Image], shape: tuple[int, int, int]) -> np.ndarray:
+    """Image files as uint8 (N, C, H, W). prepare: the image as opened -> the image as kept, of shape (C, H, W).
+
+    On all cores: threads will do, since PIL lets go of Python's lock. Raises UserError naming the first file that cannot be used.
+    """
+    pixels = np.empty((len(paths), *shape), np.uint8)
+
+    def read(i: int) -> None:
+        try:
+            with Image.open(paths[i], formats=IMAGE_FORMATS) as image:
+                prepared = np.asarray(prepare(image))
+        except Exception as error:  # on a damaged file PIL raises nearly anything; ValueErrors are also those of `prepare`
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:150]
+            raise UserError(f"{paths[i]}: not a usable image ({reason or type(error).__name__})") from None
+        pixels[i] = prepared.reshape(*shape[1:], shape[0]).transpose(2, 0, 1)
+
+    with ThreadPool() as pool:
+        done = pool.imap(read, range(len(paths)), chunksize=16)
+        for _ in tqdm(done, total=len(paths), unit="image", disable=not sys.stderr.isatty()):
+            pass
+    return pixels
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time in a folder: of two first runs the second waits, then finds what the first one made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: another process is preparing the data here; waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _provide(name: str, root: Path, inside: str, files: list[str], fetch: Callable[[Path, list[str]], Iterable[str]]) -> None:
+    """Download those of `files` that are not in root/inside, into a folder beside, then move them: a kill leaves nothing half-written.
+
+    fetch(part, missing): puts the missing files in part/inside and yields each one's name once it is whole.
+    """
+    folder = root / inside
+
+    def missing() -> list[str]:
+        return [file for file in files if not (folder / file).exists()]
+
+    if not missing():
+        return
     way_out = (
-        f"Put {', '.join(SHA256[name])} in {folder}, or name the folder that holds {FOLDER[name]} with --data (DATA= for make). "
+        f"Put {', '.join(files)} in {folder}, or name the folder that holds {inside} with --data (DATA= for make). "
         "The digits experiment needs no data"
     )
     timeout = socket.getdefaulttimeout()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at once: the second waits, then finds the files
-            if all((folder / file).exists() for file in SHA256[name]):
+        with _locked(folder):
+            if not missing():
                 return
+            for left in folder.glob(".download-*"):  # of a process that was killed
+                shutil.rmtree(left)
             print(f"{name} is not in {folder}: downloading it", flush=True)
             socket.setdefaulttimeout(30)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as part:
-                for archive in folder.glob("*.gz"):  # a person may have brought the archives alone: torchvision checks their MD5
-                    target = Path(part, FOLDER[name])
-                    target.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(archive, target)
-                cls(part, download=True)
-                for file in SHA256[name]:
-                    if not (folder / file).exists():
-                        os.replace(Path(part, FOLDER[name], file), folder / file)
-    except (OSError, RuntimeError) as error:  # urllib's URLError is an OSError
+                Path(part, inside).mkdir(parents=True)
+                for file in fetch(Path(part), missing()):
+                    os.replace(Path(part, inside, file), folder / file)
+    except Exception as error:  # OSError (urllib's and requests' are), RuntimeError (torchvision's), zipfile's, gdown's own
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise UserError(f"{root}: the disk is full: {name} could not be downloaded there") from None
         reason = " ".join(str(error).split()).rsplit("got: ", 1)[-1][:150]  # torchvision lists each mirror's; the last will do

@@ -9,7 +9,6 @@ A paper is a folder with a published.yaml.
 """
 
 import dataclasses
-import importlib
 import json
 import math
 import shutil
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import run
-from common.data import official_digest
+from common.data import OFFICIAL_COUNTS, official_digest
 from common.run import ROOT, UserError
 
 BEGIN, END = "<!-- results: begin (written by `make results`) -->", "<!-- results: end -->"
@@ -56,8 +55,8 @@ def papers() -> list[str]:
     return sorted(path.parent.name for path in ROOT.glob("*/published.yaml"))
 
 
-def published(paper: str) -> tuple[list[Entry], list[dict], list[dict]]:
-    """A paper's published.yaml: entries, what we measure beside them, and the reference runs we want."""
+def published(paper: str) -> tuple[list[Entry], list[dict], list[dict], dict[str, str]]:
+    """A paper's published.yaml: entries, what we measure beside them, the reference runs we want, and each metric's stand-in."""
     path = ROOT / paper / "published.yaml"
     content = run.read_yaml(path)
     try:
@@ -67,7 +66,7 @@ def published(paper: str) -> tuple[list[Entry], list[dict], list[dict]]:
     for entry in entries:
         if type(entry.value) not in (int, float) or entry.better not in ("lower", "higher", "equal"):
             raise UserError(f"{path}: {entry.id}: value must be a number and better one of lower, higher, equal")
-    return entries, content.get("ours", []), content.get("reference", [])
+    return entries, content.get("ours", []), content.get("reference", []), content.get("stand_ins", {})
 
 
 def read_records(path: Path) -> list[dict]:
@@ -111,6 +110,11 @@ def config_of(paper: str, experiment: str):
 
 def not_comparable(record: dict, config) -> str | None:
     """Why a record's numbers are not the experiment's, or None where they are. config: the committed one."""
+    return unfinished(record, config) or other_data(record)
+
+
+def unfinished(record: dict, config) -> str | None:
+    """How a record's run differs from a complete run of the committed config, or None."""
     provenance = record["provenance"]
     if record["config_hash"] != run.config_hash(config):
         theirs, ours = record["config"], dataclasses.asdict(config)
@@ -119,9 +123,19 @@ def not_comparable(record: dict, config) -> str | None:
     if provenance["epochs"] != config.epochs or provenance["steps_beyond"]:
         beyond = f" and {provenance['steps_beyond']} steps" if provenance["steps_beyond"] else ""
         return f"{provenance['epochs']}{beyond} of {config.epochs} epochs"
+    return None
+
+
+def other_data(record: dict) -> str | None:
+    """How the data that a record was measured on differ from the official ones, or None."""
+    provenance = record["provenance"]
+    name, found = provenance["data"], (provenance["train_images"], provenance["test_images"])
+    if name in OFFICIAL_COUNTS and found != OFFICIAL_COUNTS[name]:
+        part = 0 if found[0] != OFFICIAL_COUNTS[name][0] else 1
+        return f"{found[part]:,} of {OFFICIAL_COUNTS[name][part]:,} images{' of the test set' if part else ''}"
     if not provenance["data_official"]:
-        return f"unofficial data ({provenance['train_images']:,} + {provenance['test_images']:,} images)"
-    if provenance["data_digest"] != official_digest(provenance["data"]):
+        return f"unofficial data ({found[0]:,} + {found[1]:,} images)"
+    if provenance["data_digest"] != (official_digest(name) or provenance["data_digest"]):  # None: it cannot be known beforehand
         return f"other data (digest {provenance['data_digest']})"
     return None
 
@@ -203,7 +217,7 @@ def table(paper: str, mine: dict[str, list[dict]] | None, only: str | None = Non
 
     only: an experiment; the rows of its data set alone.
     """
-    entries, ours, _ = published(paper)
+    entries, ours, *_ = published(paper)
     reference = references(paper)
     heads = ["where", "system", "experiment", "published", "reference", "difference"]
     rows = [heads + (["yours"] if mine is not None else []) + ["verdict"]]
@@ -242,6 +256,45 @@ def table(paper: str, mine: dict[str, list[dict]] | None, only: str | None = Non
     return rows
 
 
+def rankings(paper: str, mine: dict[str, list[dict]] | None = None) -> list[list[str]]:
+    """Whether the order that a published column puts its systems in is ours too, heads first. Without heads where there is none.
+
+    By the column's own metric where every system that ran has it, else by its stand-in, which ranks our systems alone and is
+    comparable with nothing published. mine: the runs of this machine, for experiments that have no reference.
+    """
+    entries, _, _, stand_ins = published(paper)
+    reference = references(paper)
+    columns: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        columns.setdefault((entry.where, entry.metric), []).append(entry)
+    rows = []
+    for (where, metric), column in columns.items():
+        if column[0].better == "equal":
+            continue
+        for name in (metric, stand_ins.get(metric)):
+            found = {}
+            for entry in column:
+                config = config_of(paper, entry.experiment)
+                for records in (reference, mine or {}):
+                    values = sample(records.get(entry.experiment, []), config, name).values if config is not None and name else []
+                    if values:
+                        found.setdefault(entry.system, statistics.fmean(values))
+            if len(found) > 1:
+                break
+        ran = [entry for entry in column if entry.system in found]
+        if len(ran) < 2:
+            continue
+        lower = column[0].better == "lower"
+        theirs = sorted(ran, key=lambda e: e.value, reverse=not lower)
+        ours = sorted(ran, key=lambda e: found[e.system], reverse=not lower)
+        pairs = [(a, b) for i, a in enumerate(theirs) for b in theirs[i + 1 :]]
+        alike = sum(ours.index(a) < ours.index(b) for a, b in pairs)
+        shown = [", ".join(f"{e.system} {value:.4g}" for e, value in order) for order in (
+            [(e, e.value) for e in theirs], [(e, found[e.system]) for e in ours])]  # fmt: skip
+        rows.append([where, *shown, name, f"{alike} of {len(pairs)}"])
+    return [["where", "published order, best first", "our order", "by", "pairs in the same order"], *rows] if rows else []
+
+
 def like_reference(here: list[float], reference: list[float]) -> str:
     """Whether your values lie where 95 % of seeds should, by the reference's (n ≥ 5)."""
     low, high = prediction_interval(reference)
@@ -267,16 +320,21 @@ def as_markdown(rows: list[list[str]]) -> str:
 def collect(runs: Path) -> None:
     """Bring the complete runs made from a clean tree into results/ and figures/, then write the READMEs' results blocks."""
     for paper in papers():
+        subsets = {item["experiment"] for item in published(paper)[2] if item.get("subset")}
         for experiment, records in yours(paper, runs).items():
             config = config_of(paper, experiment)
             if config is None:
                 continue
+            # Where published.yaml says so, a run on a part of the data is kept as well; the diff says that it is not comparable.
+            refused = unfinished if experiment in subsets else not_comparable
             path = ROOT / paper / "results" / f"{experiment}.json"
             committed = read_records(path) if path.exists() else []
-            kept = {record["seed"]: record for record in committed if not not_comparable(record, config)}
+            kept = {record["seed"]: record for record in committed if not refused(record, config)}
             taken = []
             for record in records:
-                reason = not_comparable(record, config) or unclean(record)
+                reason = refused(record, config) or unclean(record)
+                if not reason and other_data(record) and record["seed"] in kept and not other_data(kept[record["seed"]]):
+                    reason = f"the committed run is on the whole data, this one on {other_data(record)}"
                 if reason:
                     print(f"{paper} {experiment} seed {record['seed']}: left out: {reason}")
                 else:
@@ -311,11 +369,12 @@ def blocks() -> dict[Path, str]:
     glance = []
     for paper in papers():
         rows = table(paper, None)
-        done = [row for row in rows[1:] if row[4] != "–"]
-        missing = len(rows) - 1 - len(done)
-        heading = f"**[{paper}]({paper}/README.md)**"
-        glance += [heading, as_markdown([rows[0], *done]), f"{missing} more rows are not run yet: `make diff` lists them."]
-        body = [as_markdown(rows), reference_runs(paper), pictures(paper)]
+        numbers = [row for row in rows[1:] if row[3] != "–"]
+        done = [row for row in numbers if row[4] != "–"]
+        rest = f"{len(numbers) - len(done)} more of the paper's numbers are not run yet, and what we measure beside them: `make diff`."
+        glance += [f"**[{paper}]({paper}/README.md)**", as_markdown([rows[0], *done]), rest]
+        order = rankings(paper)
+        body = [as_markdown(rows), as_markdown(order) if order else "", reference_runs(paper), pictures(paper)]
         path = ROOT / paper / "README.md"
         written[path] = with_block(path, "\n\n".join(part for part in body if part))
     path = ROOT / "README.md"
@@ -372,7 +431,7 @@ def pending(runs: Path) -> list[list[str]]:
     """The reference runs still missing, the most valuable first: experiment, seeds, needs, cost, and how far they are here."""
     rows = [["target", "missing seeds", "needs", "cost of a seed", "here"]]
     for paper in papers():
-        _, _, wanted = published(paper)
+        _, _, wanted, _ = published(paper)
         records = references(paper)
         for item in wanted:
             experiment, seeds = item["experiment"], range(item["seeds"])
@@ -409,7 +468,10 @@ def main(argv: list[str] | None = None) -> None:
         for paper in options.papers or papers():
             if options.experiment:
                 run.check_experiment(paper, options.experiment)
-            print(f"\n{paper}\n{as_text(table(paper, yours(paper, options.runs), options.experiment))}")
+            mine = yours(paper, options.runs)
+            print(f"\n{paper}\n{as_text(table(paper, mine, options.experiment))}")
+            if order := rankings(paper, mine):
+                print(f"\n{as_text(order)}")
     elif options.what == "collect":
         collect(options.runs)
     elif options.what == "check":

@@ -25,9 +25,7 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
         Image.fromarray(grid(images, columns).numpy()).save(file, format="PNG")
 
 
-def save_labelled_grid(
-    images: Tensor, path: Path, columns: int, title: str, rows: Sequence[str] = (), heads: Sequence[str] = ()
-) -> None:
+def save_labelled_grid(images: Tensor, path: Path, columns: int, title: str, rows: Sequence[str] = (), heads: Sequence[str] = ()) -> None:
     """The grid with a title, a label before each row and a head above each column."""
     laid = grid(images, columns)
     cell_h, cell_w = images.shape[2] + 2, images.shape[3] + 2  # with the padding of `grid`
@@ -59,11 +57,14 @@ def save_matrix(values: Tensor, path: Path, names: Sequence[str], title: str, te
     _save(figure, path)
 
 
-def save_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], path: Path, x_label: str) -> None:
-    """One panel for each named curve (x, y), side by side."""
+def save_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], path: Path, x_label: str, log: bool = False) -> None:
+    """One panel for each named curve (x, y), side by side; log: on logarithmic axes."""
     figure, panels = _pyplot().subplots(1, len(curves), figsize=(3.2 * len(curves), 2.6), squeeze=False)
     for axes, (name, (x, y)) in zip(panels[0], curves.items(), strict=True):
         axes.plot(x, y, linewidth=1)
+        if log:
+            axes.set_xscale("log")
+            axes.set_yscale("log")
         axes.set_title(name, fontsize=9)
         axes.set_xlabel(x_label, fontsize=8)
         axes.tick_params(labelsize=7)

@@ -217,13 +217,17 @@ def module_of(paper: str, values: dict) -> types.ModuleType:
     return importlib.import_module(f"{paper}.{name}")
 
 
+def config_class(paper: str, experiment: str) -> type:
+    """The Config of an experiment."""
+    return module_of(paper, read_yaml(ROOT / paper / "configs" / f"{experiment}.yaml")).Config
+
+
 def experiment_config(paper: str, experiment: str, overrides: dict | None = None) -> typing.Any:
     """The config of an experiment, with overrides from the command line."""
     check_experiment(paper, experiment)
     path = ROOT / paper / "configs" / f"{experiment}.yaml"
-    values = read_yaml(path)
-    cls = module_of(paper, values).Config
-    config = make_config(cls, values, str(path.relative_to(ROOT)))
+    cls = config_class(paper, experiment)
+    config = make_config(cls, read_yaml(path), str(path.relative_to(ROOT)))
     return make_config(cls, {**dataclasses.asdict(config), **(overrides or {})}, "command line")
 
 
@@ -306,8 +310,7 @@ def parse(paper: str, argv: list[str] | None = None) -> tuple[typing.Any, Option
     parser.add_argument("--json", action="store_true", help="with --describe: for programs")
     fields = parser.add_argument_group("fields of the config; default: the experiment's")
     # Which config it is stands in the experiment's file: so first the flags of all of them, then those of the one that is asked for.
-    modules = {experiment: module_of(paper, read_yaml(ROOT / paper / "configs" / f"{experiment}.yaml")) for experiment in experiments(paper)}
-    hints = {name: typing.get_type_hints(module.Config, include_extras=True) for name, module in modules.items()}
+    hints = {name: typing.get_type_hints(config_class(paper, name), include_extras=True) for name in experiments(paper)}
     for name in dict.fromkeys(name for fields_of_one in hints.values() for name in fields_of_one):
         fields.add_argument(f"--{name.replace('_', '-')}", dest=f"field_{name}", default=argparse.SUPPRESS, metavar="VALUE")
     namespace = parser.parse_all(argv)
@@ -705,7 +708,7 @@ def provenance(state: dict) -> dict:
 # ------------------------------------------------------------------------------------------------------------ describe
 
 
-def describe(networks: dict[str, torch.nn.Module], inputs: dict[str, Tensor | tuple[Tensor, ...]], config: typing.Any, as_json: bool) -> str:
+def describe(networks: dict[str, torch.nn.Module], inputs: dict[str, typing.Any], config: typing.Any, as_json: bool) -> str:
     """What would be trained: each network layer by layer with output shapes and parameter counts, and the config.
 
     inputs: an example batch (or several, in a tuple) for each network that is called; the others are described by their parameters.

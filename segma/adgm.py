@@ -117,13 +117,13 @@ def loss_terms(networks: dict[str, nn.Module], batch: Batch, config: Config, pre
         # Unlabelled, -U(x) of eq. (11): the sum over every class, each image's first layers computed once.
         known = [t[:n, None] for t in (x, h, a, log_q_a)]  # (n, 1, ·)
         bounds = labelled_bound(networks, *known, torch.eye(k, device=x.device, dtype=x.dtype)[None], config, batch.noise)  # (n, K)
-        u = (log_q_y[:n].exp() * (bounds - log_q_y[:n])).sum(-1).mean()
+        bound_u = (log_q_y[:n].exp() * (bounds - log_q_y[:n])).sum(-1).mean()
 
         y = F.one_hot(batch.labels, k).to(x.dtype)
-        l = labelled_bound(networks, x[n:], h[n:], a[n:], log_q_a[n:], y, config, batch.noise).mean()  # noqa: E741: the paper's letter
+        bound_l = labelled_bound(networks, x[n:], h[n:], a[n:], log_q_a[n:], y, config, batch.noise).mean()
     cross_entropy = F.nll_loss(log_q_y[n:], batch.labels)
-    loss = -u - config.labelled_weight * l + config.label_weight * cross_entropy
-    return {"loss": loss, "unlabelled_bound": u, "labelled_bound": l, "cross_entropy": cross_entropy}
+    loss = -bound_u - config.labelled_weight * bound_l + config.label_weight * cross_entropy
+    return {"loss": loss, "unlabelled_bound": bound_u, "labelled_bound": bound_l, "cross_entropy": cross_entropy}
 
 
 # --------------------------------------------------------- what any of the systems can do, with m1m2's classes, priors and place

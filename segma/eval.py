@@ -1,4 +1,4 @@
-"""Every table and figure of the SeGMA paper from a trained run.
+"""Every table and figure of the SeGMA paper from a trained run, SeGMA's own or a baseline's.
 
     python -m segma.eval mnist --seed 0 --data data
 
@@ -6,95 +6,120 @@ Writes eval.json and figures/ into the run's folder. Tables I and III need the I
 """
 
 import dataclasses
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from common import inception, plots, run
+from common import classifier, inception, plots, run
 from common.data import Dataset, choose_labels, load
 from common.metrics import error_rate, frechet_distance, moments, nearest_neighbour
 from segma import model
-from segma.train import Config, as_input, encode
+from segma.train import Task, as_input, encode_all, system_of
 
 FID_SAMPLES = 10_000  # Sec. VI-B and VI-C
 LINES = 200  # interpolation lines between each two classes
 POINTS = 41  # on each line, when the classes along it are counted
+ANTI_TARGETS = [(0, 1), (2, 1), (3, 1), (1, 3)]  # Fig. 8: away from "not male, smiling" in three rows, from "male, smiling" in one
 
 
 @dataclass(frozen=True)
-class Segma:
-    """A trained run. Codes z are (n, D) float32; images go in as uint8 (n, C, H, W) and come out as floats in [0, 1]."""
+class Trained:
+    """A trained run. Codes z are (n, D) float32; images go in as uint8 (n, C, H, W) and come out as floats in [0, 1].
 
-    config: Config
-    encoder: nn.Module
-    decoder: nn.Module
-    mixture: model.Mixture
+    A baseline's code is its latent code followed by the one-hot class, so that codes of every system are moved alike.
+    """
+
+    config: Task
+    system: ModuleType  # segma.train, segma.m1m2 or segma.adgm
+    networks: dict[str, nn.Module]
     state: dict  # the checkpoint
 
     @property
+    def device(self) -> torch.device:
+        return next(p.device for network in self.networks.values() for p in network.parameters())
+
+    @property
     def means(self) -> Tensor:
-        """μ_k (K, D)."""
-        return self.mixture.means.detach()
+        """The code at the centre of each component (K, D): μ_k; of a baseline the origin with class k."""
+        k = self.config.n_components
+        noise = torch.zeros(k, self.config.latent_dim, device=self.device)
+        return self.system.place(self.networks, noise, torch.arange(k, device=self.device)).detach()
 
     def encode(self, images: Tensor) -> Tensor:
-        return encode(self.encoder, images.to(self.means.device))
+        return encode_all(self.system, self.networks, images.to(self.device))
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        return torch.cat([self.decoder(part) for part in z.split(1000)])
+        return torch.cat([self.system.decode(self.networks, part) for part in z.split(1000)])
 
     def classify(self, z: Tensor) -> Tensor:
-        """The most probable class (n,), eq. (7)."""
-        return model.classify(z, self.means, self.mixture.priors)
+        """The most probable class (n,), eq. (7); of a baseline the class in the code."""
+        return self.system.classes(self.networks, z)
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """n codes (n, D) from the target distribution and the component (n,) of each, drawn in proportion to the priors."""
+        components = torch.multinomial(self.system.priors(self.networks).cpu(), n, replacement=True, generator=generator)
+        noise = torch.randn(n, self.config.latent_dim, generator=generator)
+        return self.system.place(self.networks, noise.to(self.device), components.to(self.device)).detach(), components
 
     def sample(self, n: int, component: int | None = None, seed: int = 0) -> Tensor:
         """n images of one component, or of the whole mixture in proportion to the priors (component None)."""
-        generator = run.generator(seed, "sample")
-        z, components = self.mixture.sample(n, generator)
+        z, components = self.draw(n, run.generator(seed, "sample"))
         if component is not None:
             z = z - self.means[components.to(z.device)] + self.means[component]
         return self.decode(z)
 
 
-def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Segma:
+def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Trained:
     """The run in `folder`, as far as its last checkpoint. Raises UserError where there is none, or it is damaged."""
     state = run.load_checkpoint(Path(folder) / "checkpoint.pt")
     if state is None:
         raise run.UserError(f"{folder}: no trained run here (no checkpoint.pt)")
-    config = run.make_config(Config, state["config"], str(folder))
-    networks = model.build(config)
+    system = system_of(state["config"])
+    config = run.make_config(system.Config, state["config"], str(folder))
+    networks = system.build(config)
     for name, network in networks.items():
         network.load_state_dict(state["networks"][name])
         network.to(device).eval().requires_grad_(False)
-    return Segma(config, **networks, state=state)
+    return Trained(config, system, networks, state)
 
 
 def evaluate(options: run.Options, weights: Path | None = None) -> dict:
     """Evaluate one run: metrics and details, written to eval.json, and the figures. weights: the Inception file, if named."""
     device, folder = run.set_up(options), options.folder("segma")
-    segma = load_run(folder, device)
-    data = load(segma.config.dataset, options.data, options.unofficial_data)
-    if data.digest != segma.state["identity"]["data_digest"]:
-        raise run.UserError(f"{folder}: trained on {data.name} with digest {segma.state['identity']['data_digest']}, found {data.digest}")
-    z = segma.encode(data.test_images)
-    metrics = {**table_ii(segma, data, z, options.seed), **quality(segma, data, z)}
-    scores, extractor = tables_i_and_iii(segma, data, z, options, weights)
-    geometry = {"mean_distances": mean_distances(segma), **nearest_classes(segma, data), "between": between(segma, data, z, options.seed)}
-    if data.name in ("digits", "mnist"):  # Sec. VI-C: 4 lies between 6 and 9
-        metrics["lines_6_to_9_through_4"] = 100 * geometry["between"]["6-9"].get("4", 0.0)
-    figures(segma, data, z, geometry, folder / "figures", options.seed)
+    trained = load_run(folder, device)
+    data = load(trained.config.dataset, options.data, options.unofficial_data)
+    if data.digest != trained.state["identity"]["data_digest"]:
+        raise run.UserError(f"{folder}: trained on {data.name} with digest {trained.state['identity']['data_digest']}, found {data.digest}")
+    z = trained.encode(data.test_images)
+    metrics, details, timing = quality(trained, data, z), {}, {}
+    if trained.config.labelled_per_batch:
+        metrics = table_ii(trained, data, z, options.seed) | metrics
+    scores, extractor = tables_i_and_iii(trained, data, z, options, weights)
+    if "mixture" in trained.networks:  # SeGMA's own
+        details["sampled_distance"], timing = closed_form_against_sampling(trained, z, options.seed)
+        if trained.config.labelled_per_batch:
+            geometry = {"mean_distances": mean_distances(trained), **nearest_classes(trained, data)}
+            details |= geometry | {"between": between(trained, data, z, options.seed)}
+            if data.class_names == tuple("0123456789"):  # Sec. VI-C: 4 lies between 6 and 9
+                metrics["lines_6_to_9_through_4"] = 100 * details["between"]["6-9"].get("4", 0.0)
+    figures(trained, data, z, details | {"timing": timing}, folder / "figures", options.seed)
     result = {
         "experiment": options.experiment,
         "seed": options.seed,
         "metrics": metrics | scores,
-        "config": dataclasses.asdict(segma.config),
-        "config_hash": run.config_hash(segma.config),
-        "provenance": run.provenance(segma.state) | {"inception": extractor, "evaluation": run.session(device)},
-        "details": geometry,
+        "config": dataclasses.asdict(trained.config),
+        "config_hash": run.config_hash(trained.config),
+        "provenance": run.provenance(trained.state) | {"inception": extractor, "evaluation": run.session(device)},
+        "details": details,
+        "timing": timing,
     }
     run.write_json(folder / "eval.json", result)
     return result
@@ -103,73 +128,95 @@ def evaluate(options: run.Options, weights: Path | None = None) -> dict:
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def table_ii(segma: Segma, data: Dataset, z: Tensor, seed: int) -> dict[str, float]:
+def table_ii(trained: Trained, data: Dataset, z: Tensor, seed: int) -> dict[str, float]:
     """Test error in percent by eq. (7), and for scale that of the nearest neighbour among the same labelled images.
 
     z: (n, D), the codes of the test images.
     """
-    config = segma.config
+    config = trained.config
     known = choose_labels(data.train_labels, config.n_labels, config.labels, data.n_classes, seed)
     neighbour = nearest_neighbour(as_input(data.train_images[known]), data.train_labels[known], as_input(data.test_images))
     return {
-        "test_error": error_rate(segma.classify(z).cpu(), data.test_labels),
+        "test_error": error_rate(trained.classify(z).cpu(), data.test_labels),
         "nearest_neighbour_error": error_rate(neighbour, data.test_labels),
     }
 
 
-def quality(segma: Segma, data: Dataset, z: Tensor) -> dict[str, float]:
-    """Reconstruction error, eq. (1), and distance d², eq. (8), on the test set, with the γ of training."""
-    config = segma.config
-    gamma = model.silverman_bandwidth(config.codes_per_batch / config.n_components)
-    codes, means, priors = z.double(), segma.means.double(), segma.mixture.priors.double()
-    return {
-        "reconstruction_error": model.reconstruction_error(as_input(data.test_images), segma.decode(z).cpu()).item(),
-        "distance": model.cramer_wold_distance(codes, means, priors, gamma).item(),
-    }
+def quality(trained: Trained, data: Dataset, z: Tensor) -> dict[str, float]:
+    """Reconstruction error, eq. (1), and for SeGMA the distance d², eq. (8), on the test set, with the γ of training."""
+    config = trained.config
+    parts = zip(data.test_images.split(1000), z.split(1000), strict=True)
+    squares = sum(len(x) * model.reconstruction_error(as_input(x), trained.decode(code).cpu()).item() for x, code in parts)
+    scores = {"reconstruction_error": squares / len(z)}
+    if "mixture" in trained.networks:
+        gamma = model.silverman_bandwidth(config.codes_per_batch / config.n_components)
+        codes, means, priors = z.double(), trained.means.double(), trained.networks["mixture"].priors.double()
+        scores["distance"] = model.cramer_wold_distance(codes, means, priors, gamma).item()
+    return scores
 
 
 def tables_i_and_iii(
-    segma: Segma, data: Dataset, z: Tensor, options: run.Options, weights: Path | None
+    trained: Trained, data: Dataset, z: Tensor, options: run.Options, weights: Path | None
 ) -> tuple[dict[str, float], str | None]:
     """FID of 10,000 samples of the mixture (Table I) and of 10,000 points between test images (Table III).
 
-    Against the training set's statistics, and (_test) the test set's. Returns the scores and the extractor's name, or {} and
-    None, having said why, where they cannot be computed.
+    On Inception features against the training set's statistics, and (_test) the test set's; where these cannot be computed they
+    are left out, and why is said. Always as well, under names of its own, on the features of a small classifier trained on the
+    data set's own labels (against the training set): that ranks systems against each other and is comparable with nothing published.
+    Beside it that classifier's verdict: which share of a component's samples are of its class, in percent; for a system without
+    labels, of the class that most of them are of. Returns the scores and the Inception extractor's name or None.
     """
+    codes, components = trained.draw(FID_SAMPLES, run.generator(options.seed, "fid"))
+    made = {"fid": decode_bytes(trained, codes)}
+    made["fid_interpolation"] = decode_bytes(trained, points_between(z, run.generator(options.seed, "fid interpolation")))
+    cache = options.runs / "cache"
+
+    network, accuracy = classifier.trained(data, cache, z.device)
+    real = moments(classifier.features(network, data.train_images))
+    scores = {"classifier_accuracy": accuracy}
+    for name, images in made.items():
+        scores[name.replace("fid", "fid_classifier")] = frechet_distance(moments(classifier.features(network, images)), real)
+    scores |= verdict(classifier.classify(network, made["fid"]), components, data.n_classes, bool(trained.config.labelled_per_batch))
+
     if min(len(data.train_images), len(data.test_images)) < inception.FEATURES:
         print(f"FID left out: {data.name} has fewer images than the {inception.FEATURES} features whose covariance it needs")
-        return {}, None
+        return scores, None
     path, reason = inception.find_weights(weights)
     if path is None:
         print(f"FID left out: {reason}")
-        return {}, None
+        return scores, None
     network = inception.extractor(path, z.device)
-    cache = options.runs / "cache"
     real = {
         "": inception.cached_moments(network, data.train_images, cache, f"{data.name}-train-{data.digest}"),
         "_test": inception.cached_moments(network, data.test_images, cache, f"{data.name}-test-{data.digest}"),
     }
-    made = {
-        "fid": segma.decode(segma.mixture.sample(FID_SAMPLES, run.generator(options.seed, "fid"))[0]),
-        "fid_interpolation": segma.decode(points_between(z, run.generator(options.seed, "fid interpolation"))),
-    }
-    scores = {}
     for name, images in made.items():
-        statistics = moments(inception.features(network, to_bytes(images)))
+        statistics = moments(inception.features(network, images))
         for against, reference in real.items():
             scores[name + against] = frechet_distance(statistics, reference)
     return scores, f"Inception 2015-12-05, {inception.SHA256_PREFIX}"
 
 
+def verdict(found: Tensor, components: Tensor, n_classes: int, labelled: bool) -> dict[str, float]:
+    """How far components are classes, in percent. found: (n,), the class of each sample; components: (n,), where it was drawn."""
+    if labelled:
+        return {"samples_of_their_class": 100 - error_rate(found, components)}
+    counts = torch.stack([found[components == k].bincount(minlength=n_classes) for k in components.unique()])
+    return {"component_purity": 100 * counts.max(1).values.sum().item() / len(found)}
+
+
 def points_between(z: Tensor, generator: torch.Generator) -> Tensor:
-    """10,000 codes (10000, D), each at t ~ U(0, 1) between two random codes of z (n, D): 10 × 1,000 pairs without replacement."""
-    size = FID_SAMPLES // 10
+    """10,000 codes (10000, D), each at t ~ U(0, 1) between two random codes of z (n, D), n ≥ 2.
+
+    Ten batches of 1,000 pairs, each batch without replacement; more and smaller ones where z has fewer than 2,000.
+    """
+    size = min(FID_SAMPLES // 10, len(z) // 2)
     parts = []
-    for _ in range(10):
+    for _ in range(-(-FID_SAMPLES // size)):
         first, second = torch.randperm(len(z), generator=generator)[: 2 * size].view(2, size).to(z.device)
         t = torch.rand(size, 1, generator=generator).to(z.device)
         parts.append(z[first] + t * (z[second] - z[first]))
-    return torch.cat(parts)
+    return torch.cat(parts)[:FID_SAMPLES]
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -177,29 +224,73 @@ def to_bytes(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255).to(torch.uint8).cpu()
 
 
-# ------------------------------------------------------------------------------------ the geometry of the latent space
+def decode_bytes(trained: Trained, codes: Tensor) -> Tensor:
+    """The decoded images as uint8, on the CPU, never all of them as floats."""
+    return torch.cat([to_bytes(trained.decode(part)) for part in codes.split(1000)])
 
 
-def mean_distances(segma: Segma) -> list[list[float]]:
+# ---------------------------------------------------------------------------- what the paper claims and does not measure
+
+
+def closed_form_against_sampling(trained: Trained, z: Tensor, seed: int, repeats: int = 20) -> tuple[list[dict], list[dict]]:
+    """The closed form of eq. (8) against the same kernel's MMD with n samples of the mixture in its place (Secs. I and VII).
+
+    z: (N, D), of which one training batch is taken. For each n: the mean and the standard deviation of the sampled d², and the noise
+    of its gradient in the codes, E‖g - g_closed‖ / ‖g_closed‖ over `repeats` draws. Returns that (deterministic), and, by itself since it
+    differs from run to run, milliseconds for value and gradient. n = 0 stands for the closed form.
+    """
+    config = trained.config
+    gamma = model.silverman_bandwidth(config.codes_per_batch / config.n_components)
+    generator = run.generator(seed, "sampled distance")
+    codes = z[torch.randperm(len(z), generator=generator)[: config.codes_per_batch].to(z.device)].clone().requires_grad_()
+    mixture = trained.networks["mixture"]
+
+    def measured(distance: Callable[[], Tensor]) -> tuple[float, Tensor, float]:
+        started = time.perf_counter()
+        value = distance()
+        (gradient,) = torch.autograd.grad(value, codes)
+        return value.item(), gradient, 1000 * (time.perf_counter() - started)
+
+    def closed() -> Tensor:
+        return model.cramer_wold_distance(codes, mixture.means, mixture.priors, gamma)
+
+    exact, right, _ = measured(closed)
+    milliseconds = sorted(measured(closed)[2] for _ in range(repeats))[repeats // 2]
+    rows, timing = [{"n": 0, "mean": exact, "sd": 0.0, "gradient_noise": 0.0}], [{"n": 0, "milliseconds": milliseconds}]
+    for n in (10, 30, 100, 300, 1000, 3000):
+        values, noises, times = [], [], []
+        for _ in range(repeats):
+            samples = trained.draw(n, generator)[0]
+            value, gradient, taken = measured(lambda samples=samples: model.sampled_distance(codes, samples, gamma))
+            values.append(value)
+            noises.append(((gradient - right).norm() / right.norm()).item())
+            times.append(taken)
+        mean, sd = torch.tensor(values).mean().item(), torch.tensor(values).std().item()
+        rows.append({"n": n, "mean": mean, "sd": sd, "gradient_noise": sum(noises) / repeats})
+        timing.append({"n": n, "milliseconds": sorted(times)[repeats // 2]})
+    return rows, timing
+
+
+def mean_distances(trained: Trained) -> list[list[float]]:
     """‖μ_k - μ_l‖ for all pairs, K × K."""
-    return torch.cdist(segma.means, segma.means).tolist()
+    return torch.cdist(trained.means, trained.means).tolist()
 
 
-def nearest_classes(segma: Segma, data: Dataset) -> dict:
+def nearest_classes(trained: Trained, data: Dataset) -> dict:
     """Each class's nearest neighbour by the distance between the means."""
-    distances = torch.cdist(segma.means, segma.means).fill_diagonal_(float("inf"))
+    distances = torch.cdist(trained.means, trained.means).fill_diagonal_(float("inf"))
     names = data.class_names
     return {"nearest_class": {names[k]: names[int(nearest)] for k, nearest in enumerate(distances.argmin(1))}}
 
 
-def between(segma: Segma, data: Dataset, z: Tensor, seed: int) -> dict[str, dict[str, float]]:
+def between(trained: Trained, data: Dataset, z: Tensor, seed: int) -> dict[str, dict[str, float]]:
     """For each two classes, the share of straight lines between their test images that pass through each third class.
 
     z: (n, D), codes of the test images; only images that eq. (7) classifies rightly are taken, LINES pairs of them at random.
     Returns {"6-9": {"4": 0.6, …}, …}, the most frequent class first; empty where a class has no such image.
     """
     labels = data.test_labels.to(z.device)
-    right = segma.classify(z) == labels
+    right = trained.classify(z) == labels
     generator = run.generator(seed, "between")
     t = torch.linspace(0, 1, POINTS, device=z.device)[:, None, None]
     shares = {}
@@ -211,7 +302,7 @@ def between(segma: Segma, data: Dataset, z: Tensor, seed: int) -> dict[str, dict
                 ends.append(z[members[torch.randint(len(members), (LINES,), generator=generator).to(z.device)]])
         passed = Counter()
         if len(ends) == 2:
-            on_line = segma.classify((ends[0] + t * (ends[1] - ends[0])).flatten(0, 1)).view(POINTS, LINES)
+            on_line = trained.classify((ends[0] + t * (ends[1] - ends[0])).flatten(0, 1)).view(POINTS, LINES)
             for k in set(range(data.n_classes)) - {s, e}:
                 share = (on_line == k).any(0).float().mean().item()
                 if share:
@@ -223,16 +314,17 @@ def between(segma: Segma, data: Dataset, z: Tensor, seed: int) -> dict[str, dict
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def figures(segma: Segma, data: Dataset, z: Tensor, geometry: dict, folder: Path, seed: int) -> None:
-    """Figures 3 to 8 for this data set, the matrices of the geometry, and the course of training. z: (n, D), test codes."""
-    names, means = data.class_names, segma.means
-    k = len(means)
+def figures(trained: Trained, data: Dataset, z: Tensor, details: dict, folder: Path, seed: int) -> None:
+    """Figures 3 to 8 for this data set, the geometry of the latent space, and the course of training. z: (n, D), test codes."""
+    names, means = data.class_names, trained.means
+    k, labelled = len(means), bool(trained.config.labelled_per_batch)
     generator = run.generator(seed, "figures")
-    assigned = segma.classify(z)
+    assigned = trained.classify(z)
 
-    noise = torch.randn(k, 10, z.shape[1], generator=generator).to(z.device)
-    samples = segma.decode((means[:, None] + noise).flatten(0, 1))
-    plots.save_labelled_grid(samples, folder / "samples.png", 10, "Samples of each component (Figs. 3-5)", names)
+    noise = torch.randn(k * 10, trained.config.latent_dim, generator=generator).to(z.device)
+    samples = trained.decode(trained.system.place(trained.networks, noise, torch.arange(k, device=z.device).repeat_interleave(10)))
+    rows = list(names) if labelled else [f"component {i}" for i in range(k)]
+    plots.save_labelled_grid(samples, folder / "samples.png", 10, "Samples of each component (Figs. 3-5)", rows)
 
     def one_of(class_: int, classes: Tensor) -> int:
         """A random test image that is of this class in `classes` (n,), or any image where there is none."""
@@ -240,18 +332,19 @@ def figures(segma: Segma, data: Dataset, z: Tensor, geometry: dict, folder: Path
         members = members if len(members) else torch.arange(len(z))
         return int(members[torch.randint(len(members), (1,), generator=generator)])
 
-    def other_than(class_: int) -> int:
-        return (class_ + 1 + int(torch.randint(k - 1, (1,), generator=generator))) % k
+    def other_than(class_: int, n: int) -> int:
+        return (class_ + 1 + int(torch.randint(n - 1, (1,), generator=generator))) % n
 
     def with_originals(first: Tensor, codes: Tensor, last: Tensor | None = None) -> Tensor:
         """Rows of real image, decoded codes (rows, columns, D), real image."""
-        decoded = segma.decode(codes.flatten(0, 1)).cpu().unflatten(0, codes.shape[:2])
+        decoded = trained.decode(codes.flatten(0, 1)).cpu().unflatten(0, codes.shape[:2])
         parts = [as_input(first)[:, None], decoded] + ([as_input(last)[:, None]] if last is not None else [])
         return torch.cat(parts, 1).flatten(0, 1)
 
     # Fig. 6: the first row goes from 6 to 9 where there are such classes, as in the paper.
-    sources = list(range(k))
-    pairs = [(6, 9), *((s, other_than(s)) for s in sources[1:])] if k == 10 else [(s, other_than(s)) for s in sources]
+    n = data.n_classes
+    pairs = [(s, other_than(s, n)) for s in range(n)]
+    pairs[0] = (6, 9) if n == 10 else pairs[0]
     first, last = (torch.tensor([one_of(pair[i], data.test_labels) for pair in pairs]) for i in (0, 1))
     steps = torch.linspace(0, 1, 9, device=z.device)
     line = z[first][:, None] + steps[None, :, None] * (z[last] - z[first])[:, None]
@@ -263,48 +356,77 @@ def figures(segma: Segma, data: Dataset, z: Tensor, geometry: dict, folder: Path
         [f"{names[s]} to {names[e]}" for s, e in pairs],
     )
 
-    chosen = torch.tensor([one_of(s, assigned) for s in sources])
-    source, target = assigned[chosen], torch.tensor([other_than(s) for s in sources]).to(z.device)
-    path = torch.stack([model.transfer_style(z[chosen], source, target, means, t) for t in steps.tolist()], 1)
-    plots.save_labelled_grid(
-        with_originals(data.test_images[chosen], path),
-        folder / "style_transfer.png",
-        10,
-        "Continuous style transfer, z + t (μ_t - μ_s), eq. (10), Fig. 7",
-        [f"{names[s]} to {names[e]}" for s, e in zip(source.tolist(), target.tolist(), strict=True)],
-        ["real", *(f"t={t:.2g}" for t in steps.tolist())],
-    )
+    if labelled:
+        chosen = torch.tensor([one_of(s, assigned) for s in range(k)])
+        source, target = assigned[chosen], torch.tensor([other_than(s, k) for s in range(k)]).to(z.device)
+        path = torch.stack([model.transfer_style(z[chosen], source, target, means, t) for t in steps.tolist()], 1)
+        plots.save_labelled_grid(
+            with_originals(data.test_images[chosen], path),
+            folder / "style_transfer.png",
+            10,
+            "Continuous style transfer, z + t (μ_t - μ_s), eq. (10), Fig. 7",
+            [f"{names[s]} to {names[e]}" for s, e in zip(source.tolist(), target.tolist(), strict=True)],
+            ["real", *(f"t={t:.2g}" for t in steps.tolist())],
+        )
 
-    # Fig. 8: away from the nearest other class, the one that it is most easily taken for.
-    anti_target = torch.cdist(means, means).fill_diagonal_(float("inf")).argmin(1)[source]
-    alphas = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-    path = torch.stack([model.intensify(z[chosen], source, anti_target, means, alpha) for alpha in alphas], 1)
-    plots.save_labelled_grid(
-        with_originals(data.test_images[chosen], path),
-        folder / "intensity.png",
-        8,
-        "Class intensity, z + α (μ_s - μ_t), eq. (11), Fig. 8",
-        [f"{names[s]}, away from {names[e]}" for s, e in zip(source.tolist(), anti_target.tolist(), strict=True)],
-        ["real", *(f"α={alpha:g}" for alpha in alphas)],
-    )
+    if labelled and "mixture" in trained.networks:
+        # Fig. 8, with the paper's anti-targets on faces; elsewhere the nearest other class, which one is most easily taken for.
+        if data.name.startswith("celeba"):
+            chosen = torch.tensor([one_of(s, assigned) for s, _ in ANTI_TARGETS])
+            source, anti_target = assigned[chosen], torch.tensor([t for _, t in ANTI_TARGETS]).to(z.device)
+        else:
+            anti_target = torch.cdist(means, means).fill_diagonal_(float("inf")).argmin(1)[source]
+        alphas = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+        path = torch.stack([model.intensify(z[chosen], source, anti_target, means, alpha) for alpha in alphas], 1)
+        plots.save_labelled_grid(
+            with_originals(data.test_images[chosen], path),
+            folder / "intensity.png",
+            8,
+            "Class intensity, z + α (μ_s - μ_t), eq. (11), Fig. 8 (the paper's α is 0.5)",
+            [f"{names[s]}, away from {names[e]}" for s, e in zip(source.tolist(), anti_target.tolist(), strict=True)],
+            ["real", *(f"α={alpha:g}" for alpha in alphas)],
+        )
+        geometry_figures(details, names, folder)
 
-    distances = torch.tensor(geometry["mean_distances"])
-    text = [["" if i == j else f"{d:.1f}" for j, d in enumerate(row)] for i, row in enumerate(geometry["mean_distances"])]
+    if "sampled_distance" in details:
+        rows, timing = details["sampled_distance"][1:], details["timing"]
+        n = [row["n"] for row in rows]
+        noise, times = [row["gradient_noise"] for row in rows], [row["milliseconds"] for row in timing]
+        curves = {
+            "noise of the sampled gradient (closed form: 0)": (n, noise),
+            f"milliseconds, sampled (closed form: {times[0]:.2g})": (n, times[1:]),
+        }
+        plots.save_curves(curves, folder / "closed_form.png", "samples of the mixture in a sampled MMD", log=True)
+
+    history = trained.state["rows"]
+    shown = {
+        "test error, %": "test_error",
+        "MSE, eq. (1)": "mse",
+        "d², eq. (8)": "d2",
+        "mean ‖μ_k‖": "mean_norm",
+        "bound of M1, nats": "m1_bound",
+        "bound, unlabelled, nats": "unlabelled_bound",
+        "cross-entropy, nats": "cross_entropy",
+    }
+    curves = {title: [(row["epoch"], row[key]) for row in history if key in row] for title, key in shown.items()}
+    curves = {title: tuple(zip(*points, strict=True)) for title, points in curves.items() if points}
+    plots.save_curves(curves, folder / "training.png", "epoch")
+
+
+def geometry_figures(details: dict, names: tuple[str, ...], folder: Path) -> None:
+    """The distances between the means, and the classes that lie between classes."""
+    distances = torch.tensor(details["mean_distances"])
+    text = [["" if i == j else f"{d:.1f}" for j, d in enumerate(row)] for i, row in enumerate(details["mean_distances"])]
     plots.save_matrix(distances, folder / "means.png", names, "Distances between the means", text, "‖μ_k - μ_l‖")
 
-    shares = torch.zeros(k, k)
-    text = [[""] * k for _ in range(k)]
-    for i, j in combinations(range(k), 2):
-        for name, share in list(geometry["between"][f"{names[i]}-{names[j]}"].items())[:1]:
+    shares = torch.zeros(len(names), len(names))
+    text = [[""] * len(names) for _ in names]
+    for i, j in combinations(range(len(names)), 2):
+        for name, share in list(details["between"][f"{names[i]}-{names[j]}"].items())[:1]:
             shares[i, j] = shares[j, i] = 100 * share
             text[i][j] = text[j][i] = f"{name}: {100 * share:.0f}"
     title = "The third class that most lines between two classes pass through, and % of lines"
     plots.save_matrix(shares, folder / "between.png", names, title, text, "% of lines")
-
-    rows = segma.state["rows"]
-    epochs = [row["epoch"] for row in rows]
-    shown = {"test error, %": "test_error", "MSE, eq. (1)": "mse", "d², eq. (8)": "d2", "mean ‖μ_k‖": "mean_norm"}
-    plots.save_curves({title: (epochs, [row[key] for row in rows]) for title, key in shown.items()}, folder / "training.png", "epoch")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -320,7 +442,7 @@ def main(argv: list[str] | None = None) -> None:
     done, asked = result["provenance"]["epochs"], result["config"]["epochs"]
     print(f"segma {options.experiment}, seed {options.seed}, {done} of {asked} epochs on {result['provenance']['data']}:")
     for name, value in result["metrics"].items():
-        print(f"  {name:<26}{value:.4g}")
+        print(f"  {name:<34}{value:.4g}")
     print(f"numbers in {folder / 'eval.json'}, pictures in {folder / 'figures'}; next: make diff")
 
 

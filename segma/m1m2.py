@@ -185,12 +185,12 @@ def train_step(
             z1 = draw(mean, spread(log_variance, config), batch.noise)
         unlabelled, labelled = z1[: len(batch.unlabelled)], z1[len(batch.unlabelled) :]
         y = F.one_hot(batch.labels, config.n_components).to(z1.dtype)
-        u = unlabelled_bound(networks, unlabelled, config, batch.noise).mean()
-        l = labelled_bound(networks, labelled, y, config, batch.noise).mean()  # noqa: E741: the paper's letter
+        bound_u = unlabelled_bound(networks, unlabelled, config, batch.noise).mean()
+        bound_l = labelled_bound(networks, labelled, y, config, batch.noise).mean()
         cross_entropy = F.cross_entropy(networks["q_y"](labelled), batch.labels)
-    loss = -u - config.labelled_weight * l + config.label_weight * cross_entropy  # eq. (9), over the number of images
+    loss = -bound_u - config.labelled_weight * bound_l + config.label_weight * cross_entropy  # eq. (9), over the number of images
     grad_norm = descend(loss, optimizer, config)
-    return {"loss": loss, "unlabelled_bound": u, "labelled_bound": l, "cross_entropy": cross_entropy, "grad_norm": grad_norm}
+    return {"loss": loss, "unlabelled_bound": bound_u, "labelled_bound": bound_l, "cross_entropy": cross_entropy, "grad_norm": grad_norm}
 
 
 # ---------------------------------------------------------------------- what any of the systems can do, as in segma/model.py

@@ -147,6 +147,19 @@ def cramer_wold_distance(z: Tensor, means: Tensor, priors: Tensor, gamma: float,
     return z_z - 2 * z_p + p_p
 
 
+def sampled_distance(z: Tensor, samples: Tensor, gamma: float, phi: Callable = phi) -> Tensor:
+    """What eq. (8) would be estimated by if the mixture were sampled, as MMDs are: eq. (4)'s kernel over two samples; a scalar.
+
+    z: (m, D), samples: (n, D). Not used in training; eval.py measures it against the closed form.
+    """
+    dim = z.shape[1]
+
+    def mean(a: Tensor, b: Tensor) -> Tensor:
+        return gaussian_product(squared_distances(a, b), 0, gamma, dim, phi).mean()
+
+    return mean(z, z) - 2 * mean(z, samples) + mean(samples, samples)
+
+
 def silverman_bandwidth(samples_per_class: float) -> float:
     """γ = (4 / (3 N_c))^(2/5), Sec. VI-A. samples_per_class: N_c > 0, the codes of one batch that the distance sees, over K."""
     return (4 / (3 * samples_per_class)) ** 0.4

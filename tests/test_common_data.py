@@ -1,13 +1,24 @@
 """Loaders on files in the exact official formats, and every way those files can be wrong."""
 
 import gzip
+import hashlib
+import io
+import os
+import shutil
 import struct
+import sys
+import threading
+import time
+import zipfile
 from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
+from PIL import Image
+from torchvision.datasets import SVHN, CelebA
 
 from common import data
 from common.data import choose_labels, load, official_digest
@@ -113,8 +124,6 @@ def test_damaged_idx_files(root, file, damage):
 
 
 def test_a_flipped_bit_is_found(root, monkeypatch):
-    import hashlib
-
     folder = root / "MNIST/raw"
     digests = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in data.SHA256["mnist"]}
     monkeypatch.setitem(data.SHA256, "mnist", digests)
@@ -153,6 +162,7 @@ def no_network(monkeypatch):
         raise URLError("network is unreachable")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setitem(sys.modules, "gdown", None)
 
 
 def test_missing_data_without_network_says_where_to_put_which_files(tmp_path, no_network):
@@ -172,8 +182,6 @@ def test_archives_that_a_person_brought_are_unpacked(data_root, tmp_path, monkey
         content = (data_root / "MNIST/raw" / file).read_bytes()
         (folder / f"{file}.gz").write_bytes(gzip.compress(content, 1))
     # The archives' own MD5s are torchvision's to check; ours differ in compression, so the check is told of them.
-    import hashlib
-
     import torchvision.datasets as sets
 
     resources = [(f"{f}.gz", hashlib.md5((folder / f"{f}.gz").read_bytes()).hexdigest()) for f in data.SHA256["mnist"]]
@@ -183,8 +191,664 @@ def test_archives_that_a_person_brought_are_unpacked(data_root, tmp_path, monkey
 
 
 def test_unknown_data_set():
-    with pytest.raises(UserError, match="unknown data set 'minst'; known: digits, mnist"):
+    with pytest.raises(UserError, match="unknown data set 'minst'; known: digits, mnist") as error:
         load("minst", "")
+    for name in (*data.OFFICIAL_COUNTS, "folder:<path>", "folder_colour:<path>"):
+        assert f" {name}" in str(error.value)
+
+
+def test_official_counts_and_digests(data_root):
+    for name in ("digits", "mnist", "fashion_mnist"):
+        if name == "digits" or (data_root / data.FOLDER[name]).exists():
+            found = load(name, data_root)
+            assert data.OFFICIAL_COUNTS[name] == (len(found.train_images), len(found.test_images))
+    # As the papers and the data sets' pages count them.
+    assert data.OFFICIAL_COUNTS["svhn_extra"][0] - data.OFFICIAL_COUNTS["svhn"][0] == 531_131
+    assert data.OFFICIAL_COUNTS["celeba"][0] - data.OFFICIAL_COUNTS["celeba_train"][0] == 19_867
+    assert sum(data.OFFICIAL_COUNTS["celeba"]) == 202_599
+    unknown_beforehand = ("celeba", "celeba_train", "folder:x")
+    assert [official_digest(name) for name in unknown_beforehand] == [None] * 3
+    digests = {official_digest(name) for name in data.OFFICIAL_COUNTS if name not in unknown_beforehand}
+    assert len(digests) == 5 and all(len(digest) == 16 for digest in digests)
+
+
+# ------------------------------------------------------------------------------------------------------------------ SVHN
+
+
+def svhn_arrays(n: int, seed: int) -> dict[str, np.ndarray]:
+    """X and y as Stanford's files have them."""
+    rng = np.random.default_rng(seed)
+    return {"X": rng.integers(0, 256, (32, 32, 3, n), dtype=np.uint8), "y": (np.arange(n) % 10 + 1).astype(np.uint8)[:, None]}
+
+
+def write_svhn(folder: Path, compressed: bool = True) -> dict[str, dict[str, np.ndarray]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {split: svhn_arrays(n, n) for split, n in (("train", 25), ("test", 13), ("extra", 31))}
+    for split, content in arrays.items():
+        scipy.io.savemat(folder / f"{split}_32x32.mat", content, do_compression=compressed)
+    return arrays
+
+
+def make_svhn_official(folder: Path, monkeypatch) -> None:
+    files = {split: (url, file, hashlib.md5((folder / file).read_bytes()).hexdigest()) for split, (url, file, _) in SVHN.split_list.items()}
+    monkeypatch.setattr(SVHN, "split_list", files)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_svhn_is_read_pixel_by_pixel(tmp_path, monkeypatch, compressed):
+    arrays = write_svhn(tmp_path / "SVHN", compressed)
+    make_svhn_official(tmp_path / "SVHN", monkeypatch)
+    for name, train in (("svhn", ["train"]), ("svhn_extra", ["train", "extra"])):
+        found = load(name, tmp_path)
+        for images, labels, splits in (
+            (found.train_images, found.train_labels, train),
+            (found.test_images, found.test_labels, ["test"]),
+        ):
+            assert images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.is_contiguous()
+            assert images.untyped_storage().nbytes() == images.numel() == 3072 * len(labels)  # held once
+            i = 0
+            for x, y in ((arrays[split]["X"], arrays[split]["y"]) for split in splits):
+                for j in range(len(y)):
+                    image = x[:, :, :, j]  # rows, columns, channels
+                    for channel in range(3):
+                        np.testing.assert_array_equal(images[i, channel].numpy(), image[:, :, channel])
+                    assert labels[i] == (0 if y[j, 0] == 10 else y[j, 0])
+                    i += 1
+            assert i == len(images)
+        assert found.official and found.digest == official_digest(name) and found.class_names == tuple("0123456789")
+        np.testing.assert_array_equal(SVHN(tmp_path / "SVHN", "test").labels, found.test_labels.numpy())
+        np.testing.assert_array_equal(SVHN(tmp_path / "SVHN", "test").data, found.test_images.numpy())
+
+
+def test_unofficial_svhn_is_refused_unless_asked_for(tmp_path):
+    write_svhn(tmp_path / "SVHN")
+    with pytest.raises(UserError, match=r"train_32x32.mat: not the official file \(MD5 .*expected e26dedcc434d.*--unofficial-data"):
+        load("svhn", tmp_path)
+    found = load("svhn", tmp_path, unofficial=True)
+    assert not found.official and found.digest != official_digest("svhn") and len(found.train_images) == 25
+
+
+def test_a_flipped_bit_in_svhn_is_found(tmp_path, monkeypatch):
+    write_svhn(tmp_path / "SVHN", compressed=False)
+    make_svhn_official(tmp_path / "SVHN", monkeypatch)
+    digest = load("svhn_extra", tmp_path).digest
+    path = tmp_path / "SVHN/extra_32x32.mat"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="extra_32x32.mat: not the official file"):
+        load("svhn_extra", tmp_path)
+    assert load("svhn", tmp_path).official  # which has no business with that file
+    assert load("svhn_extra", tmp_path, unofficial=True).digest != digest
+
+
+SVHN_MISTAKES = {
+    "no X": (lambda a: {"y": a["y"]}, "has no X, but y"),
+    "no y": (lambda a: {"X": a["X"], "labels": a["y"]}, "has no y, but X, labels"),
+    "other names": (lambda a: {"a": a["y"]}, "has no X and no y, but a"),
+    "images first": (lambda a: {**a, "X": a["X"].transpose(3, 0, 1, 2)}, "X is 25×32×32×3, expected 32×32×3×N"),
+    "grey": (lambda a: {**a, "X": a["X"][:, :, 0]}, "X is 32×32×25, expected"),
+    "no images": (lambda a: {"X": a["X"][..., :0], "y": a["y"][:0]}, "X is 32×32×3×0, expected"),
+    "floats": (lambda a: {**a, "X": a["X"] / 255}, "X holds float64, expected uint8"),
+    "complex": (lambda a: {**a, "X": a["X"] + 0j}, "X holds complex128, expected uint8"),
+    "too few labels": (lambda a: {**a, "y": a["y"][:-1]}, "y is 24×1, expected 25×1"),
+    "a row of labels": (lambda a: {**a, "y": a["y"].T}, "y is 1×25, expected 25×1"),
+    "text labels": (lambda a: {**a, "y": np.array(["a"] * 25)[:, None].astype(object)}, "y holds object, expected numbers"),
+    "sparse labels": (lambda a: {**a, "y": scipy.sparse.csc_matrix(a["y"].astype(float))}, "y holds float64, expected numbers"),
+    "labels from 0": (lambda a: {**a, "y": a["y"] - 1}, "a label is 0, expected 1 … 10"),
+    "label 11": (lambda a: {**a, "y": a["y"] + 1}, "a label is 11, expected 1 … 10"),
+    "half a label": (lambda a: {**a, "y": a["y"] + 0.5}, "a label is 1.5, expected 1 … 10"),
+    "no number": (lambda a: {**a, "y": a["y"] * np.nan}, "a label is nan, expected 1 … 10"),
+}
+
+
+@pytest.mark.parametrize("mistake", SVHN_MISTAKES)
+def test_mat_files_that_hold_something_else(tmp_path, mistake):
+    arrays = write_svhn(tmp_path / "SVHN")["train"]
+    change, message = SVHN_MISTAKES[mistake]
+    scipy.io.savemat(tmp_path / "SVHN/train_32x32.mat", change(arrays))
+    with pytest.raises(UserError) as error:
+        load("svhn", tmp_path, unofficial=True)
+    assert message in str(error.value) and "train_32x32.mat: " in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_damaged_mat_files(tmp_path, compressed):
+    write_svhn(tmp_path / "SVHN", compressed)
+    path = tmp_path / "SVHN/test_32x32.mat"
+    whole = path.read_bytes()
+    hdf5 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(400)
+    cuts = [whole[:n] for n in (1, 60, 130, 150, 200, 5000, len(whole) // 2, len(whole) - 40)]
+    for content in (b"", b"\x89PNG" + whole[4:100], b"<html>quota exceeded</html>" * 20, hdf5, bytes(5000), *cuts):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="test_32x32.mat: (not a readable MATLAB file|has no)") as error:
+            load("svhn", tmp_path, unofficial=True)
+        assert "\n" not in str(error.value)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="test_32x32.mat: cannot be read"):
+        load("svhn", tmp_path, unofficial=True)
+
+
+def test_missing_svhn_without_network_says_where_to_put_which_files(tmp_path, no_network):
+    left = tmp_path / "SVHN/.download-killed"
+    left.mkdir(parents=True)
+    (left / "half").write_bytes(bytes(100))
+    with pytest.raises(UserError) as error:
+        load("svhn_extra", tmp_path)
+    message = str(error.value)
+    for said in (str(tmp_path / "SVHN"), "train_32x32.mat, extra_32x32.mat, test_32x32.mat", "--data", "digits", "unreachable"):
+        assert said in message
+    assert "\n" not in message
+    assert [path.name for path in (tmp_path / "SVHN").iterdir()] == [".lock"]  # nor what a killed process left
+
+
+class Answer(io.BytesIO):
+    """What urlopen gives, of a server that may hang up early."""
+
+    def __init__(self, url: str, content: bytes, dies_at: int | None = None):
+        super().__init__(content)
+        self.url, self.length, self.dies_at = url, len(content), dies_at
+
+    def read(self, size: int = -1) -> bytes:
+        if self.dies_at is not None and self.tell() >= self.dies_at:
+            raise ConnectionResetError("connection reset by peer")
+        return super().read(size)
+
+
+def test_a_download_that_dies_leaves_whole_files_only(tmp_path, monkeypatch):
+    write_svhn(tmp_path / "server")
+    make_svhn_official(tmp_path / "server", monkeypatch)
+    asked, dies_at = set(), 40_000
+
+    def urlopen(request, *a, **k):
+        file = request.full_url.rsplit("/", 1)[-1]
+        asked.add(file)
+        return Answer(request.full_url, (tmp_path / "server" / file).read_bytes(), dies_at if "extra" in file else None)
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    root = tmp_path / "root"
+    with pytest.raises(UserError, match="reset by peer.*Put train_32x32.mat, extra_32x32.mat"):
+        load("svhn_extra", root)
+    assert sorted(path.name for path in (root / "SVHN").iterdir()) == [".lock", "test_32x32.mat", "train_32x32.mat"]
+    dies_at = None
+    asked.clear()
+    assert load("svhn_extra", root).official and asked == {"extra_32x32.mat"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- CelebA
+
+ATTRIBUTES = (
+    "5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair Blurry "
+    "Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open "
+    "Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair "
+    "Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young"
+).split()
+
+
+def write_celeba(folder: Path, partition: tuple[int, ...] = (0, 0, 0, 1, 0, 2, 1, 2, 0, 2, 2, 0)) -> np.ndarray:
+    """Images and text files as the publisher's; the attributes (N, 40), ±1."""
+    (folder / "img_align_celeba").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    attributes = rng.choice([-1, 1], (len(partition), 40))
+    attributes[:4, [ATTRIBUTES.index("Male"), ATTRIBUTES.index("Smiling")]] = [[-1, -1], [-1, 1], [1, -1], [1, 1]]
+    names = [f"{i + 1:06d}.jpg" for i in range(len(partition))]
+    for name in names:
+        coarse = Image.fromarray(rng.integers(0, 256, (11, 9, 3), dtype=np.uint8))
+        coarse.resize((178, 218), Image.Resampling.BICUBIC).save(folder / "img_align_celeba" / name, quality=90)
+    rows = [f"{name} {' '.join(f'{a:2d}' for a in row)}\n" for name, row in zip(names, attributes, strict=True)]
+    (folder / "list_attr_celeba.txt").write_text(f"{len(names)}\n{' '.join(ATTRIBUTES)} \n" + "".join(rows))
+    (folder / "list_eval_partition.txt").write_text("".join(f"{n} {p}\n" for n, p in zip(names, partition, strict=True)))
+    return attributes
+
+
+@pytest.fixture
+def celeba(tmp_path, monkeypatch) -> Path:
+    """A data folder with a small CelebA; the user's cache is elsewhere, so that no test writes into the real one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_celeba(tmp_path / "data/celeba")
+    return tmp_path / "data"
+
+
+def make_celeba_official(folder: Path, monkeypatch, *more: str) -> None:
+    files = {"list_attr_celeba.txt", "list_eval_partition.txt", *more}
+    md5 = {file: hashlib.md5((folder / file).read_bytes()).hexdigest() for file in files}
+    monkeypatch.setattr(CelebA, "file_list", [(i, md5.get(file, official), file) for i, official, file in CelebA.file_list])
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[int]:
+    """How many images each call of the decoder was for."""
+    counts, real = [], data._decode
+    monkeypatch.setattr(data, "_decode", lambda paths, *a: (counts.append(len(paths)), real(paths, *a))[1])
+    return counts
+
+
+def face(path: Path) -> np.ndarray:
+    """(3, 64, 64), by another way: the crop by indices, then PIL's resize."""
+    crop = np.asarray(Image.open(path))[39:179, 19:159]
+    assert crop.shape == (140, 140, 3)
+    return np.moveaxis(np.asarray(Image.fromarray(crop).resize((64, 64), Image.BILINEAR)), 2, 0)
+
+
+def test_celeba_is_cropped_resized_split_and_labelled(celeba, monkeypatch):
+    make_celeba_official(celeba / "celeba", monkeypatch)
+    names = [line.split() for line in (celeba / "celeba/list_eval_partition.txt").read_text().splitlines()]
+    attributes = {
+        line.split()[0]: dict(zip(ATTRIBUTES, line.split()[1:], strict=True))
+        for line in (celeba / "celeba/list_attr_celeba.txt").read_text().splitlines()[2:]
+    }
+    for name, parts, count in (("celeba", "01", (8, 4)), ("celeba_train", "0", (6, 4))):
+        found = load(name, celeba)
+        assert found.official and (len(found.train_images), len(found.test_images)) == count
+        train = [image for part in parts for image, p in names if p == part]  # the valid images after the training images
+        for images, labels, expected in (
+            (found.train_images, found.train_labels, train),
+            (found.test_images, found.test_labels, [image for image, p in names if p == "2"]),
+        ):
+            assert images.dtype == torch.uint8 and labels.dtype == torch.int64
+            for image, label, file in zip(images, labels, expected, strict=True):
+                np.testing.assert_array_equal(image.numpy(), face(celeba / "celeba/img_align_celeba" / file))
+                male, smiling = attributes[file]["Male"] == "1", attributes[file]["Smiling"] == "1"
+                assert found.class_names[label] == f"{'male' if male else 'not male'}, {'smiling' if smiling else 'not smiling'}"
+        assert found.train_labels[:3].tolist() == [0, 1, 2] and found.n_classes == 4
+    # torch's own antialiased bilinear agrees to rounding: no other filter, no shift by a pixel
+    crop = torch.from_numpy(np.array(Image.open(celeba / "celeba/img_align_celeba/000001.jpg")))[39:179, 19:159].permute(2, 0, 1)
+    other = torch.nn.functional.interpolate(crop[None].float(), size=64, mode="bilinear", antialias=True)[0]
+    assert (other - load("celeba", celeba).train_images[0]).abs().max() <= 1.01
+
+
+def test_a_subset_of_celeba_is_refused_unless_asked_for(celeba, monkeypatch):
+    with pytest.raises(
+        UserError, match=r"list_attr_celeba.txt: not the official file \(MD5 .*expected 75e246fa4810.*a subset.*--unofficial"
+    ):
+        load("celeba", celeba)
+    assert not list((celeba / "celeba").glob("*.bin"))
+    found = load("celeba", celeba, unofficial=True)
+    assert not found.official and len(found.train_images) == 8
+    # one official file is not enough
+    make_celeba_official(celeba / "celeba", monkeypatch)
+    path = celeba / "celeba/list_eval_partition.txt"
+    path.write_text(path.read_text().replace("000001.jpg 0", "000001.jpg 2"))
+    with pytest.raises(UserError, match="list_eval_partition.txt: not the official file"):
+        load("celeba", celeba)
+    other = load("celeba", celeba, unofficial=True)
+    assert not other.official and other.digest != found.digest
+
+
+def test_celeba_is_decoded_once(celeba, decoded, capsys):
+    first = load("celeba", celeba, unofficial=True)
+    assert "decoding 12 images, once" in capsys.readouterr().out
+    again = load("celeba", celeba, unofficial=True)
+    other = load("celeba_train", celeba, unofficial=True)
+    assert decoded == [12] and capsys.readouterr().out == ""
+    assert torch.equal(first.train_images, again.train_images) and torch.equal(first.test_images, again.test_images)
+    assert first.digest == again.digest and torch.equal(other.train_images, first.train_images[:6])
+    (cache,) = (celeba / "celeba").glob("*.bin")
+    assert hashlib.sha256(cache.read_bytes()).hexdigest() in Path(f"{cache}.sha256").read_text()
+    assert not (celeba.parent / "cache").exists()
+    # other images, or other text files, are another cache
+    path = celeba / "celeba/img_align_celeba/000002.jpg"
+    Image.new("RGB", (178, 218), "red").save(path)
+    changed = load("celeba", celeba, unofficial=True)
+    assert decoded == [12, 12] and changed.digest != first.digest and changed.train_images[1, 0].min() > 250
+
+
+CACHE_DAMAGE = {
+    "a flipped bit": lambda pixels, sha: pixels.write_bytes(pixels.read_bytes()[:-1] + bytes([pixels.read_bytes()[-1] ^ 1])),
+    "cut short": lambda pixels, sha: pixels.write_bytes(pixels.read_bytes()[:-1]),
+    "empty": lambda pixels, sha: pixels.write_bytes(b""),
+    "too long": lambda pixels, sha: pixels.write_bytes(pixels.read_bytes() + b"\0"),
+    "digest cut": lambda pixels, sha: sha.write_text(sha.read_text()[:30]),
+    "digest is junk": lambda pixels, sha: sha.write_bytes(b"\xff" * 99),
+    "digest empty": lambda pixels, sha: sha.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", CACHE_DAMAGE)
+def test_a_damaged_cache_is_made_anew_aloud(celeba, decoded, capsys, damage):
+    first = load("celeba", celeba, unofficial=True)
+    (cache,) = (celeba / "celeba").glob("*.bin")
+    CACHE_DAMAGE[damage](cache, Path(f"{cache}.sha256"))
+    capsys.readouterr()
+    again = load("celeba", celeba, unofficial=True)
+    out = capsys.readouterr().out
+    assert f"{cache}: damaged" in out and "decoding 12 images" in out
+    assert decoded == [12, 12] and again.digest == first.digest and torch.equal(again.train_images, first.train_images)
+    load("celeba", celeba, unofficial=True)
+    assert decoded == [12, 12] and capsys.readouterr().out == ""
+
+
+def test_a_kill_between_the_cache_and_its_digest(celeba, decoded):
+    load("celeba", celeba, unofficial=True)
+    (cache,) = (celeba / "celeba").glob("*.bin")
+    Path(f"{cache}.sha256").unlink()
+    left = cache.with_name(f".{cache.name}.4711.part")
+    left.write_bytes(bytes(100))
+    load("celeba", celeba, unofficial=True)
+    assert decoded == [12, 12] and not left.exists() and Path(f"{cache}.sha256").exists()
+
+
+def test_the_users_cache_where_the_data_folder_is_read_only(celeba, decoded):
+    folder = celeba / "celeba"
+    before = sorted(folder.iterdir())
+    folder.chmod(0o555)
+    try:
+        first = load("celeba", celeba, unofficial=True)
+        assert load("celeba", celeba, unofficial=True).digest == first.digest and decoded == [12]
+        assert sorted(folder.iterdir()) == before
+        assert len(list((celeba.parent / "cache/gmm-reproductions").glob("*.bin"))) == 1
+    finally:
+        folder.chmod(0o755)
+
+
+def test_no_place_for_the_cache(celeba, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**12, 10**12, 1000))
+    with pytest.raises(UserError, match="neither .*celeba nor .*gmm-reproductions can be written and has 0.0 GB free"):
+        load("celeba", celeba, unofficial=True)
+
+
+def test_of_two_processes_the_second_waits_and_finds_the_cache(celeba, monkeypatch, capsys):
+    counts, real, found = [], data._decode, []
+
+    def slow(paths, *a):
+        counts.append(len(paths))
+        time.sleep(0.5)
+        return real(paths, *a)
+
+    monkeypatch.setattr(data, "_decode", slow)
+    # flock is between open files: two threads that open it each are as good as two processes
+    threads = [threading.Thread(target=lambda: found.append(load("celeba", celeba, unofficial=True).digest)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counts == [12] and len(set(found)) == 1 and len(found) == 2
+    assert "another process is preparing" in capsys.readouterr().out
+
+
+def rewrite(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+ATTR, PARTITION = "list_attr_celeba.txt", "list_eval_partition.txt"
+CELEBA_MISTAKES = {
+    "count": (lambda f: rewrite(f / ATTR, "12\n", "13\n"), "line 1 announces 13 images, 12 rows follow"),
+    "no count": (lambda f: rewrite(f / ATTR, "12\n", ""), "line 2 names no attributes Male and Smiling"),
+    "rows cut": (lambda f: (f / ATTR).write_text((f / ATTR).read_text()[:-300]), "announces 12 images, 10 rows follow"),
+    "a row cut": (lambda f: (f / ATTR).write_text((f / ATTR).read_text()[:-20]), "line 14 has 35 columns, expected 41"),
+    "a name less": (lambda f: rewrite(f / ATTR, "Bald ", ""), "line 3 has 41 columns, expected 40"),
+    "no Smiling": (lambda f: rewrite(f / ATTR, "Smiling", "Grinning"), "no attributes Male and Smiling (5_o_Clock_Shadow, "),
+    "a 0": (lambda f: (f / ATTR).write_text((f / ATTR).read_text().replace("-1", " 0")), "expected 1 or -1"),
+    "an image twice": (lambda f: rewrite(f / ATTR, "000004.jpg", "000003.jpg"), "1 images have several rows"),
+    "empty": (lambda f: (f / ATTR).write_text(""), "names no attributes Male and Smiling (nothing)"),
+    "not text": (lambda f: (f / ATTR).write_bytes(bytes(range(256)) * 10), "names no attributes Male and Smiling"),
+    "other images": (
+        lambda f: rewrite(f / ATTR, "000003.jpg", "x3.jpg"),
+        "no attributes of 1 images that the partition names (000003.jpg)",
+    ),
+    "partition 3": (lambda f: rewrite(f / PARTITION, "3.jpg 0", "3.jpg 3"), "line 3 is '000003.jpg 3', expected an image and 0, 1 or 2"),
+    "no partition": (lambda f: rewrite(f / PARTITION, "3.jpg 0", "3.jpg"), "line 3 is '000003.jpg', expected"),
+    "an image again": (lambda f: rewrite(f / PARTITION, "000003", "000001"), "line 3 names 000001.jpg a second time"),
+    "empty partition": (lambda f: (f / PARTITION).write_text(""), "names 0 training and 0 test images"),
+    "no test images": (lambda f: (f / PARTITION).write_text("000001.jpg 0\n"), "names 1 training and 0 test images"),
+    "binary partition": (lambda f: (f / PARTITION).write_bytes(b"\xff\xd8" * 50), "line 1 is "),
+    "missing image": (lambda f: (f / "img_align_celeba/000005.jpg").unlink(), "1 of 12 images that list_eval_partition.txt names"),
+    "many missing": (
+        lambda f: [(f / f"img_align_celeba/00000{i}.jpg").unlink() for i in range(2, 8)],
+        "6 of 12 images that list_eval_partition.txt names are not there (000002.jpg, 000003.jpg, 000004.jpg …)",
+    ),
+    "a folder for an image": (
+        lambda f: ((f / "img_align_celeba/000005.jpg").unlink(), (f / "img_align_celeba/000005.jpg").mkdir()),
+        "not there (000005.jpg)",
+    ),
+    "a file for the images": (
+        lambda f: (shutil.rmtree(f / "img_align_celeba"), (f / "img_align_celeba").write_text("")),
+        "img_align_celeba: cannot be read (Not a directory)",
+    ),
+    "cut image": (
+        lambda f: os.truncate(f / "img_align_celeba/000007.jpg", 1500),
+        "000007.jpg: not a usable image (image file is truncated",
+    ),
+    "empty image": (lambda f: os.truncate(f / "img_align_celeba/000007.jpg", 0), "000007.jpg: not a usable image (cannot identify"),
+    "a page for an image": (
+        lambda f: (f / "img_align_celeba/000007.jpg").write_text("<html>quota exceeded</html>"),
+        "000007.jpg: not a usable image",
+    ),
+    "in-the-wild image": (
+        lambda f: Image.new("RGB", (409, 687)).save(f / "img_align_celeba/000009.jpg"),
+        "000009.jpg: not a usable image (409×687 pixels, expected 178×218)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", CELEBA_MISTAKES)
+def test_celeba_files_that_are_wrong(celeba, mistake):
+    change, message = CELEBA_MISTAKES[mistake]
+    change(celeba / "celeba")
+    for _ in range(2):  # a failure leaves nothing that a second start would take for good
+        with pytest.raises(UserError) as error:
+            load("celeba", celeba, unofficial=True)
+        assert message in str(error.value) and str(celeba / "celeba") in str(error.value) and "\n" not in str(error.value)
+    assert not list((celeba / "celeba").glob("*.bin"))
+
+
+def test_missing_celeba_without_network_says_where_to_put_which_files(tmp_path, no_network):
+    with pytest.raises(UserError) as error:
+        load("celeba", tmp_path)
+    message = str(error.value)
+    files = "img_align_celeba, list_attr_celeba.txt, list_eval_partition.txt"
+    for said in (str(tmp_path / "celeba"), files, "--data", "digits", "'gdown' is required", "pip install gdown"):
+        assert said in message
+    assert "\n" not in message and [path.name for path in (tmp_path / "celeba").iterdir()] == [".lock"]
+
+
+def test_an_archive_of_celeba_that_a_person_brought_is_unpacked(celeba, no_network, monkeypatch):
+    folder = celeba / "celeba"
+    with zipfile.ZipFile(folder / "img_align_celeba.zip", "w") as archive:
+        for path in sorted((folder / "img_align_celeba").iterdir()):
+            archive.write(path, f"img_align_celeba/{path.name}")
+    shutil.rmtree(folder / "img_align_celeba")
+    with pytest.raises(UserError, match="the img_align_celeba.zip there is not the official one"):
+        load("celeba", celeba)
+    make_celeba_official(folder, monkeypatch, "img_align_celeba.zip")
+    assert load("celeba", celeba).official
+    assert not list(folder.glob(".download*")) and len(list((folder / "img_align_celeba").iterdir())) == 12
+
+
+def test_celeba_is_downloaded_piece_by_piece(celeba, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    folder, root = celeba / "celeba", tmp_path / "root"
+    with zipfile.ZipFile(folder / "img_align_celeba.zip", "w") as archive:
+        for path in (folder / "img_align_celeba").iterdir():
+            archive.write(path, f"img_align_celeba/{path.name}")
+    make_celeba_official(folder, monkeypatch, "img_align_celeba.zip")
+    files, quota = {file_id: file for file_id, _, file in CelebA.file_list}, True
+
+    def download(id, output, **_):
+        if quota and files[id] == "list_attr_celeba.txt":
+            raise Exception("Too many users have viewed or downloaded this file recently")  # gdown's own is an Exception
+        shutil.copy(folder / files[id], output)
+
+    monkeypatch.setitem(sys.modules, "gdown", SimpleNamespace(download=download))
+    with pytest.raises(UserError, match="could not be downloaded .Too many users"):
+        load("celeba", root)
+    assert sorted(path.name for path in (root / "celeba").iterdir()) == [".lock", "img_align_celeba"]
+    shutil.rmtree(folder / "img_align_celeba")
+    (folder / "img_align_celeba.zip").unlink()
+    quota = False
+    assert load("celeba", root).official
+
+
+def test_twenty_images_of_the_real_celeba(data_root, celeba):
+    real, folder = data_root / "celeba", celeba / "celeba"
+    if not (real / "img_align_celeba/000001.jpg").exists():
+        pytest.skip(f"no CelebA in {data_root}")
+    names = [f"{i:06d}.jpg" for i in range(1, 21)]
+    for name in names:
+        shutil.copy(real / "img_align_celeba" / name, folder / "img_align_celeba" / name)
+    shutil.copyfile(real / ATTR, folder / ATTR)  # more rows than the partition names is well
+    (folder / PARTITION).write_text("".join(f"{name} {2 if i >= 15 else 0}\n" for i, name in enumerate(names)))
+    found = load("celeba", celeba, unofficial=True)
+    np.testing.assert_array_equal(found.test_images[0].numpy(), face(real / "img_align_celeba/000016.jpg"))
+    # as their rows say: 000001 is not male and smiles, 000003 is male and does not
+    assert found.train_labels[:3].tolist() == [1, 1, 2]
+
+
+# ---------------------------------------------------------------------------------------------------- a person's own images
+
+
+def write_images(folder: Path, n: int, size: tuple[int, int] = (40, 30), suffix: str = "png", first: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(first, first + n):
+        pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.{suffix}")
+
+
+def test_a_persons_own_images(tmp_path):
+    for i, (label, suffix, size) in enumerate([("cats", "png", (40, 30)), ("ants", "bmp", (20, 70)), ("dogs", "jpg", (200, 90))]):
+        write_images(tmp_path / "pets" / label, 10, size, suffix, first=10 * i)
+    write_images(tmp_path / "pets/ants/more", 5, suffix="WEBP", first=50)
+    for junk in (".DS_Store", "._000.png", "notes.txt"):
+        (tmp_path / "pets/ants" / junk).write_text("junk")
+    (tmp_path / "pets/.git").mkdir()
+    for kind, mode, (c, h, w) in (("folder", "L", (1, 28, 28)), ("folder_colour", "RGB", (3, 64, 64))):
+        found = load(f"{kind}:{tmp_path}/pets/", "/nowhere")
+        assert found.class_names == ("ants", "cats", "dogs") and found.name == f"{kind}:pets" and not found.official
+        assert found.train_images.shape == (28, c, h, w) and found.test_images.shape == (7, c, h, w)
+        assert found.train_images.dtype == torch.uint8 and found.train_labels.dtype == torch.int64
+        assert found.train_labels.bincount().tolist() == [12, 8, 8] and found.test_labels.bincount().tolist() == [3, 2, 2]
+        assert str(tmp_path) not in str(found.provenance())
+        # each file is there once, cut and resized as PIL does from indices
+        expected = set()
+        for path in (p for p in (tmp_path / "pets").rglob("*.*") if p.suffix in (".png", ".bmp", ".jpg", ".WEBP") and p.name[0] != "."):
+            pixels = np.asarray(Image.open(path).convert(mode))
+            side = min(pixels.shape[:2])
+            top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+            square = Image.fromarray(pixels[top : top + side, left : left + side]).resize((w, h), Image.BILINEAR)
+            label = found.class_names.index(path.relative_to(tmp_path / "pets").parts[0])
+            expected.add((label, np.moveaxis(np.asarray(square).reshape(h, w, c), 2, 0).tobytes()))
+        images, labels = torch.cat([found.train_images, found.test_images]), torch.cat([found.train_labels, found.test_labels])
+        assert len(expected) == 35
+        assert {(int(label), image.numpy().tobytes()) for image, label in zip(images, labels, strict=True)} == expected
+
+
+def test_the_split_of_a_folder_depends_on_its_names_alone(tmp_path, monkeypatch):
+    for place, order in (("a/pets", range(12)), ("b/pets", reversed(range(12)))):
+        for i in order:
+            for label in ("cats", "dogs"):
+                write_images(tmp_path / place / label, 1, first=i)
+    found = load(f"folder:{tmp_path}/a/pets", "")
+    other = load(f"folder:{tmp_path}/b/pets", "")
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda *a, **k: ((p, d, f[::-1]) for p, d, f in walk(*a, **k)))
+    again = load(f"folder:{tmp_path}/a/pets", "")
+    assert found.digest == other.digest == again.digest and torch.equal(found.test_images, again.test_images)
+    monkeypatch.chdir(tmp_path / "a")
+    assert load("folder:pets", "").digest == found.digest
+    monkeypatch.chdir("pets")
+    assert load("folder:.", "").name == "folder:pets"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("folder:~/a/pets", "").digest == found.digest
+    # the test images of cats, by their names alone: a fifth of 12, those with the smallest SHA-256
+    drawn = sorted(range(12), key=lambda i: hashlib.sha256(f"cats/{i:03d}.png".encode()).hexdigest())[:2]
+    for i, image in zip(sorted(drawn), found.test_images, strict=False):
+        square = Image.open(tmp_path / f"a/pets/cats/{i:03d}.png").convert("L").crop((5, 0, 35, 30))
+        np.testing.assert_array_equal(image[0].numpy(), np.asarray(square.resize((28, 28), Image.BILINEAR)))
+
+
+@pytest.mark.parametrize(("n", "n_test"), [(2, 1), (3, 1), (7, 1), (8, 2), (10, 2)])
+def test_every_class_has_a_test_image(tmp_path, n, n_test):
+    write_images(tmp_path / "a", n, (8, 8))
+    write_images(tmp_path / "b", 20, (8, 8))
+    found = load(f"folder:{tmp_path}", "")
+    assert found.train_labels.bincount().tolist() == [n - n_test, 16] and found.test_labels.bincount().tolist() == [n_test, 4]
+
+
+def test_a_folder_that_is_split_already(tmp_path):
+    for part, n in (("train", 3), ("test", 1), ("val", 2)):
+        for label in ("b", "a"):
+            write_images(tmp_path / part / label, n, (8, 8))
+    found = load(f"folder:{tmp_path}", "")
+    assert found.class_names == ("a", "b") and found.train_labels.tolist() == [0, 0, 0, 1, 1, 1] and found.test_labels.tolist() == [0, 1]
+    assert not torch.equal(found.train_images[0], found.train_images[1])
+    write_images(tmp_path / "test/c", 1)
+    with pytest.raises(UserError, match="train and test must have the same classes; only one of them has c$"):
+        load(f"folder:{tmp_path}", "")
+    shutil.rmtree(tmp_path / "test")
+    with pytest.raises(UserError, match="has train but not its counterpart"):
+        load(f"folder:{tmp_path}", "")
+    # but a class may be named so: here are trains
+    shutil.move(tmp_path / "train", tmp_path / "classes")
+    shutil.rmtree(tmp_path / "val")
+    write_images(tmp_path / "vehicles/train", 3)
+    write_images(tmp_path / "vehicles/bus", 3)
+    assert load(f"folder:{tmp_path}/vehicles", "").class_names == ("bus", "train")
+
+
+def test_pictures_that_lie_on_their_side_or_are_transparent(tmp_path):
+    upright = Image.new("RGB", (60, 60), "black")
+    upright.paste("white", (0, 0, 60, 30))  # the upper half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise
+    write_images(tmp_path / "a", 1, (8, 8))
+    write_images(tmp_path / "b", 2, (8, 8))
+    upright.rotate(90).save(tmp_path / "a/turned.png", exif=exif)
+    Image.new("RGBA", (60, 60), (0, 0, 0, 0)).save(tmp_path / "b/000.png")
+    Image.new("RGBA", (60, 60), (0, 0, 0, 0)).save(tmp_path / "b/001.png")
+    found = load(f"folder:{tmp_path}", "")
+    a = torch.cat([found.train_images[found.train_labels == 0], found.test_images[found.test_labels == 0]])
+    assert any(image[0, :13].min() == 255 and image[0, 15:].max() == 0 for image in a)
+    assert found.train_images[found.train_labels == 1].min() == 255
+
+
+FOLDER_MISTAKES = {
+    "nothing named": (lambda f: "folder:", "names no folder; expected folder:<path>"),
+    "no colon": (lambda f: "folder_colour", "names no folder; expected folder_colour:<path>"),
+    "not there": (lambda f: f"folder:{f}/nope", "nope is not there; expected a folder of class folders"),
+    "a file": (lambda f: ((f / "x").write_text(""), f"folder:{f}/x")[1], "x is not a folder; expected"),
+    "images only": (lambda f: f"folder:{f}/a", "a: holds no class folders; expected"),
+    "an empty class": (lambda f: ((f / "c").mkdir(), f"folder:{f}")[1], "no images in the class c; expected files such as .jpg"),
+    "one image": (lambda f: (write_images(f / "c", 1), f"folder:{f}")[1], "c: holds 1 image, expected at least 2"),
+    "unreadable": (lambda f: ((f / "b/z.jpg").write_text("no image"), f"folder:{f}")[1], "b/z.jpg: not a usable image (cannot identify"),
+    "cut": (lambda f: (os.truncate(f / "b/002.png", 900), f"folder_colour:{f}")[1], "b/002.png: not a usable image"),
+    "a broken link": (lambda f: ((f / "b/z.png").symlink_to(f / "gone"), f"folder:{f}")[1], "z.png: not a usable image (No such file"),
+    "16 bits": (
+        lambda f: (Image.fromarray(np.full((9, 9), 999, np.uint16)).save(f / "b/z.png"), f"folder:{f}")[1],
+        "z.png: not a usable image (pixels of kind I;16, expected 8 bits per channel)",
+    ),
+    "a program": (
+        lambda f: ((f / "b/z.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), f"folder:{f}")[1],
+        "z.png: not",
+    ),
+    "a link back": (lambda f: ((f / "c").symlink_to(f), f"folder:{f}")[1], "c: is a link back to the folder that holds it"),
+    "a link in a circle": (lambda f: ((f / "b/c.png").symlink_to(f / "b/c.png"), f"folder:{f}")[1], "c.png: not a usable image (Too many"),
+    "itself a circle": (lambda f: ((f / "c").symlink_to(f / "c"), f"folder:{f}/c")[1], "c is not there; expected"),
+}
+
+
+@pytest.mark.parametrize("mistake", FOLDER_MISTAKES)
+def test_folders_of_images_that_are_wrong(tmp_path, mistake):
+    for label in ("a", "b"):
+        write_images(tmp_path / label, 4)
+    change, message = FOLDER_MISTAKES[mistake]
+    with pytest.raises(UserError) as error:
+        load(change(tmp_path), "")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_links_within_class_folders_do_not_hang(tmp_path):
+    for label in ("a", "b"):
+        write_images(tmp_path / "data" / label, 4, (8, 8))
+    write_images(tmp_path / "elsewhere", 5, (8, 8))
+    (tmp_path / "data/a/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data/b/self").symlink_to(tmp_path / "data/b")
+    (tmp_path / "data/c").symlink_to(tmp_path / "elsewhere")  # a class that lies elsewhere is well
+    found = load(f"folder:{tmp_path}/data", "")
+    counts = found.train_labels.bincount() + found.test_labels.bincount()
+    assert found.class_names == ("a", "b", "c") and counts.tolist() == [4, 4, 5]
 
 
 # ------------------------------------------------------------------------------------------------------------ label draws

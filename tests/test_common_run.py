@@ -1,5 +1,6 @@
 """A run on disk: configs, checkpoints, the log, the lock; what happens when any of it goes wrong."""
 
+import dataclasses
 import os
 import pickle
 import re
@@ -85,12 +86,14 @@ def test_flags_are_read_as_their_fields_types():
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*/configs/*.yaml")), ids=lambda p: f"{p.parent.parent.name}-{p.stem}")
 def test_every_config_is_complete_and_every_value_has_a_source(path):
     values = run.read_yaml(path)
-    config = run.make_config(Config, values, str(path))
-    assert set(values) == {f.name for f in __import__("dataclasses").fields(config)}
+    config = run.experiment_config(path.parent.parent.name, path.stem)
+    assert set(values) == {f.name for f in dataclasses.fields(config)}
     lines = path.read_text().splitlines()
     assert re.match(r"# \S", lines[0])  # what `make` shows
     for line in lines[1:]:
-        assert re.match(r"\w+: \S+ +# .*(Sec\.|Table|eq\.|authors' code|ours: )", line), f"{path.name}: no source: {line}"
+        assert re.match(
+            r"\w+: \S+ +# .*(Sec\.|Table|eq\.|eqs\.|appendix|authors' code|code of \[|\[1[01]\]|open repository|ours: )", line
+        ), f"{path.name}: no source: {line}"
 
 
 # ---------------------------------------------------------------------------------------------------------- randomness

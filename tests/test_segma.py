@@ -14,9 +14,9 @@ from scipy.stats import multivariate_normal
 
 from common import run
 from common.data import choose_labels, load
-from segma import model
-from segma.eval import Segma, between, load_run, mean_distances, nearest_classes, points_between, to_bytes
-from segma.train import Config, loss_terms, train_step
+from segma import model, train
+from segma.eval import Trained, between, load_run, mean_distances, nearest_classes, points_between, to_bytes, verdict
+from segma.train import Batch, Config, loss_terms, train_step
 from tests.conftest import ROOT, run_command
 
 
@@ -241,7 +241,7 @@ def test_gradient_is_clipped_by_global_norm_then_by_value():
     before = [p.grad.clone() for p in parameters]
     norm = torch.cat([g.flatten() for g in before]).norm()
     assert norm > 5
-    terms = train_step(networks, optimizer, x, labelled, labels, config)
+    terms = train_step(networks, optimizer, Batch(x, labelled, labels, 0, torch.Generator()), config)
     assert terms["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
     for p, g in zip(parameters, before, strict=True):
         torch.testing.assert_close(p.grad, (g * 5 / norm).clamp(-0.01, 0.01), rtol=1e-3, atol=1e-6)
@@ -291,11 +291,10 @@ def test_initial_means_follow_the_authors_code():
 
 
 def test_mixture_samples_follow_priors_and_means():
-    mixture = model.Mixture(3, 10)
-    with torch.no_grad():
-        mixture.means.copy_(torch.tensor([[-5.0] * 10, [0.0] * 10, [5.0] * 10]))
-        mixture.priors.copy_(torch.tensor([0.2, 0.3, 0.5]))
-    z, components = mixture.sample(20000, torch.Generator().manual_seed(0))
+    trained = toy(torch.tensor([[-5.0] * 10, [0.0] * 10, [5.0] * 10]))
+    mixture = trained.networks["mixture"]
+    mixture.priors.copy_(torch.tensor([0.2, 0.3, 0.5]))
+    z, components = trained.draw(20000, torch.Generator().manual_seed(0))
     torch.testing.assert_close(components.bincount() / 20000, mixture.priors, atol=0.015, rtol=0)
     for k in range(3):
         torch.testing.assert_close(z[components == k].mean(0), mixture.means[k].detach(), atol=0.1, rtol=0)
@@ -317,7 +316,7 @@ def test_priors_are_the_proportions_of_the_known_labels(trained):
     segma = load_run(trained / "segma/digits/seed3")
     labels = load("digits", "").train_labels
     known = choose_labels(labels, 100, "random", 10, 3)
-    torch.testing.assert_close(segma.mixture.priors, labels[known].bincount(minlength=10) / 100)
+    torch.testing.assert_close(segma.networks["mixture"].priors, labels[known].bincount(minlength=10) / 100)
 
 
 # ------------------------------------------------------------------------------------------------- training, end to end
@@ -334,7 +333,7 @@ def test_a_short_run_learns(trained):
     assert float(rows[0]["mse"]) == pytest.approx(90.3, abs=5)
     for name in ("config.yaml", "checkpoint.pt", "eval.json", "samples/epoch0012.png"):
         assert (folder / name).stat().st_size > 0
-    for name in ("samples", "interpolations", "style_transfer", "intensity", "means", "between", "training"):
+    for name in ("samples", "interpolations", "style_transfer", "intensity", "means", "between", "closed_form", "training"):
         assert (folder / f"figures/{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -388,12 +387,12 @@ def test_bf16_follows_fp32():
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
 
-def toy(means: torch.Tensor) -> Segma:
+def toy(means: torch.Tensor) -> Trained:
     """A run whose codes are what they are: an identity decoder over given means."""
     mixture = model.Mixture(*means.shape)
     with torch.no_grad():
         mixture.means.copy_(means)
-    return Segma(Config(), torch.nn.Identity(), torch.nn.Identity(), mixture, {})
+    return Trained(Config(), train, {"encoder": torch.nn.Identity(), "decoder": torch.nn.Identity(), "mixture": mixture}, {})
 
 
 def test_lines_pass_through_the_class_that_lies_between():
@@ -448,9 +447,10 @@ def test_fids_are_taken_against_train_and_test(monkeypatch, tmp_path, trained):
     segma, data = load_run(trained / "segma/digits/seed3"), load("digits", "")
     options = run.Options("digits", seed=3, runs=tmp_path)
     scores, name = tables_i_and_iii(segma, data, segma.encode(data.test_images), options, None)
-    assert set(scores) == {"fid", "fid_test", "fid_interpolation", "fid_interpolation_test"} and "Inception" in name
+    names = {"fid", "fid_test", "fid_interpolation", "fid_interpolation_test", "fid_classifier", "fid_classifier_interpolation"}
+    assert set(scores) == {*names, "classifier_accuracy", "samples_of_their_class"} and "Inception" in name
     assert calls == [1437, 360, 1000, 1000]
-    made = to_bytes(segma.decode(segma.mixture.sample(1000, run.generator(3, "fid"))[0]))
+    made = to_bytes(segma.decode(segma.draw(1000, run.generator(3, "fid"))[0]))
     expected = frechet_distance(moments(features(None, made)), moments(features(None, data.train_images)))
     assert scores["fid"] == pytest.approx(expected, rel=1e-6)
     again, _ = tables_i_and_iii(segma, data, segma.encode(data.test_images), options, None)
@@ -458,12 +458,15 @@ def test_fids_are_taken_against_train_and_test(monkeypatch, tmp_path, trained):
 
 
 def test_without_weights_fid_is_left_out_aloud(monkeypatch, capsys, data_root, tmp_path, trained):
-    from common import inception
+    from common import classifier, inception
     from segma.eval import tables_i_and_iii
 
     monkeypatch.setattr(inception, "find_weights", lambda path: (None, "the Inception weights are not here"))
     segma = load_run(trained / "segma/digits/seed3")
-    assert tables_i_and_iii(segma, load("mnist", data_root), torch.zeros(10_000, 10), run.Options("digits"), None) == ({}, None)
+    monkeypatch.setattr("segma.eval.FID_SAMPLES", 500)
+    monkeypatch.setattr("common.classifier.trained", lambda data, cache, device: (classifier.network((1, 28, 28), 10).eval(), 10.0))
+    scores, extractor = tables_i_and_iii(segma, load("mnist", data_root), torch.zeros(1000, 10), run.Options("digits", runs=tmp_path), None)
+    assert extractor is None and not {"fid", "fid_interpolation"} & set(scores)
     assert "FID left out: the Inception weights are not here" in capsys.readouterr().out
 
 
@@ -480,3 +483,47 @@ def test_the_readme_example_runs(trained, monkeypatch):
     assert names["threes"].shape == (8, 1, 28, 28)
     segma, z, label = names["segma"], names["z"], names["label"]
     torch.testing.assert_close(names["moved"], segma.decode(z + segma.means[[3]] - segma.means[label]))
+
+
+def test_the_closed_form_is_what_sampling_tends_to():
+    from segma.eval import closed_form_against_sampling
+
+    trained = toy(3 * torch.eye(10))
+    z, _ = trained.draw(3000, torch.Generator().manual_seed(0))
+    rows, timing = closed_form_against_sampling(trained, z, seed=0, repeats=5)
+    assert [row["n"] for row in rows] == [row["n"] for row in timing] == [0, 10, 30, 100, 300, 1000, 3000]
+    noise = [row["gradient_noise"] for row in rows]
+    assert noise[0] == 0 and noise[1] > 2 * noise[3] > 4 * noise[6] > 0  # falls about as 1/√n
+    assert rows[6]["mean"] == pytest.approx(rows[0]["mean"], abs=0.01) and rows[1]["sd"] > rows[6]["sd"]
+    assert all(row["milliseconds"] > 0 for row in timing)
+
+
+def test_verdict_counts_samples_of_their_class():
+    found, components = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 1, 2, 2, 2])
+    assert verdict(found, components, 3, True) == {"samples_of_their_class": pytest.approx(500 / 6)}
+    found = torch.tensor([2, 2, 0, 1, 1, 1])  # component 0 is all 2s, component 1 one 0, component 2 all 1s
+    assert verdict(found, components, 3, False) == {"component_purity": pytest.approx(100)}
+    assert verdict(torch.tensor([0, 1, 0, 1, 2, 2]), components, 3, False) == {"component_purity": pytest.approx(400 / 6)}
+
+
+def test_without_labels_no_label_is_seen():
+    config = Config(hidden_dim=6, batch_unlabelled=10, label_weight=0.0)
+    torch.manual_seed(1)
+    networks = model.build(config)
+    assert config.labelled_per_batch == 0 and config.codes_per_batch == 10
+    x, none = torch.rand(10, 1, 28, 28), torch.rand(0, 1, 28, 28)
+    terms = loss_terms(networks, x, none, torch.zeros(0, dtype=torch.long), config)
+    assert set(terms) == {"loss", "mse", "d2"}
+    assert terms["loss"].item() == pytest.approx((terms["mse"] + 5 * terms["d2"].log()).item())
+
+
+def test_cwae_is_eq_4():
+    """K = 1 at the origin: the distance of a batch from N(0, I), eq. (4) written out."""
+    torch.manual_seed(0)
+    z, gamma, dim = torch.randn(20, 10, dtype=torch.float64), 0.3, 10
+    found = model.cramer_wold_distance(z, torch.zeros(1, 10).double(), torch.ones(1).double(), gamma)
+    pairs = sum(model.phi((a - b).square().sum() / (4 * gamma), dim).item() for a in z for b in z)
+    middle = sum(model.phi(a.square().sum() / (2 + 4 * gamma), dim).item() for a in z)
+    expected = pairs / 400 / math.sqrt(4 * math.pi * gamma) + 1 / math.sqrt(2 * math.pi * (2 + 2 * gamma))
+    expected -= 2 * middle / 20 / math.sqrt(2 * math.pi * (1 + 2 * gamma))
+    assert found.item() == pytest.approx(expected, rel=1e-10)

@@ -1,0 +1,359 @@
+"""M1+M2 and ADGM: their bounds against independent computations, their networks, and every experiment's way through training and eval."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from torch.distributions import Bernoulli, Categorical, Independent, Normal, kl_divergence
+
+from common import classifier, run
+from common.data import Dataset
+from segma import adgm, m1m2, model, train
+from segma.eval import Trained, evaluate, load_run
+from segma.train import Batch
+from tests.conftest import run_command
+
+PIXELS = 4
+
+
+def small(module, std: float = 0.6, **values):
+    """A tiny baseline of random weights in float64, on 1×2×2 images and 3 classes, with its config."""
+
+    class Config(module.Config):
+        image_shape = (1, 2, 2)
+
+    config = Config(n_components=3, hidden_dim=5, latent_dim=2, **values)
+    torch.manual_seed(4)
+    networks = {name: network.double() for name, network in module.build(config).items()}
+    with torch.no_grad():
+        for network in networks.values():
+            for p in network.parameters():
+                p.normal_(std=std)
+    return networks, config
+
+
+def gaussian(output):
+    mean, log_variance = output
+    return Independent(Normal(mean, (log_variance / 2).exp()), 1)
+
+
+def noise(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batch_of(networks, n: int, m: int, seed: int = 0, epoch: int = 10**6) -> Batch:
+    g = noise(seed)
+    x = torch.rand(n + m, 1, 2, 2, generator=g, dtype=torch.float64).round()
+    return Batch(x[:n], x[n:], torch.randint(3, (m,), generator=g), epoch, noise(seed + 1))
+
+
+# ------------------------------------------------------------------------------------------------- the densities they share
+
+
+def test_densities_are_those_of_torch_distributions():
+    g = noise()
+    mean, log_variance, x = torch.randn(3, 6, 4, generator=g, dtype=torch.float64)
+    q, standard = gaussian((mean, log_variance)), Independent(Normal(torch.zeros_like(mean), 1.0), 1)
+    torch.testing.assert_close(m1m2.log_normal(x, mean, log_variance), q.log_prob(x))
+    torch.testing.assert_close(m1m2.kl_from_standard(mean, log_variance), kl_divergence(q, standard))
+    bits = torch.bernoulli(torch.full_like(x, 0.5), generator=g)
+    torch.testing.assert_close(m1m2.log_likelihood(bits, x, "bernoulli"), Independent(Bernoulli(logits=x), 1).log_prob(bits))
+    torch.testing.assert_close(m1m2.log_likelihood(bits, x, "gaussian"), Independent(Normal(x.sigmoid(), 1.0), 1).log_prob(bits))
+    drawn = m1m2.draw(mean.expand(20000, -1, -1), log_variance.expand(20000, -1, -1), noise())
+    torch.testing.assert_close(drawn.mean(0), mean, atol=0.1, rtol=0)
+    torch.testing.assert_close(drawn.var(0).log(), log_variance, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("module", [m1m2, adgm])
+def test_the_open_repositorys_variances_are_at_least_one(module):
+    config = module.Config(posterior_variance="at_least_one")
+    raw = torch.linspace(-50, 50, 101)
+    assert m1m2.spread(raw, config).min() >= 0 and m1m2.spread(raw, module.Config()).min() == -50
+
+
+# ------------------------------------------------------------------------------------------------------------------- M1+M2
+
+
+def test_m1_bound_lies_below_the_log_likelihood_by_the_kl():
+    networks, config = small(m1m2, m1_latent_dim=2, m1_hidden_dim=5, m1_hidden_layers=1)
+    x = torch.tensor([1.0, 0, 1, 1], dtype=torch.float64).view(1, 1, 2, 2)
+    bound = m1m2.m1_bound(networks, x.expand(40000, -1, -1, -1), config, noise()).mean().item()
+    # log p(x) by samples of the prior, and by importance sampling from q: two ways that share nothing but p(x|z1).
+    z = torch.randn(400_000, 2, generator=noise(1), dtype=torch.float64)
+
+    def log_p(z1):
+        logits = networks["p_x"](z1).flatten(1)
+        return Independent(Bernoulli(logits=logits), 1).log_prob(x.flatten())
+
+    by_prior = log_p(z).logsumexp(0).item() - math.log(len(z))
+    q = gaussian(networks["q_z1"](networks["features"](x)))
+    z = q.sample((400_000,))[:, 0]
+    log_w = log_p(z) + Independent(Normal(torch.zeros_like(z), 1.0), 1).log_prob(z) - q.log_prob(z[:, None]).squeeze()
+    assert log_w.logsumexp(0).item() - math.log(len(z)) == pytest.approx(by_prior, abs=0.01)
+    assert log_w.mean().item() == pytest.approx(bound, abs=0.02)
+    assert bound < by_prior - 0.05
+
+
+def test_m2_bounds_lie_below_the_log_likelihoods():
+    networks, config = small(m1m2, m1_latent_dim=2, m1_hidden_dim=5, m1_hidden_layers=1)
+    z1 = torch.tensor([[0.7, -0.4]], dtype=torch.float64)
+    z2 = torch.randn(400_000, 2, generator=noise(1), dtype=torch.float64)
+    log_p = []  # log p(z1, y) for each class, by samples of the prior
+    for k in range(3):
+        y = torch.eye(3, dtype=torch.float64)[[k]]
+        log_p.append(gaussian(networks["p_z1"](z2, y)).log_prob(z1).logsumexp(0).item() - math.log(len(z2)) - math.log(3))
+        bound = m1m2.labelled_bound(networks, z1.expand(40000, 2), y, config, noise()).mean().item()
+        assert bound < log_p[-1] + 0.01
+    marginal = math.log(sum(math.exp(v) for v in log_p))
+    bound = m1m2.unlabelled_bound(networks, z1.expand(40000, 2), config, noise()).mean().item()
+    assert bound < marginal - 0.01
+
+
+def test_m2_sums_over_every_class(monkeypatch):
+    networks, config = small(m1m2, m1_latent_dim=2, m1_hidden_dim=5, m1_hidden_layers=1)
+    monkeypatch.setattr(m1m2, "draw", lambda mean, log_variance, noise: mean)  # so that both ways see the same codes
+    z1 = torch.randn(7, 2, dtype=torch.float64)
+    found = m1m2.unlabelled_bound(networks, z1, config, noise())
+    q = networks["q_y"](z1).softmax(1)
+    for i in range(7):
+        explicit = Categorical(q[i]).entropy()
+        for k in range(3):
+            y = torch.eye(3, dtype=torch.float64)[k]
+            mean, log_variance = networks["q_z2"](z1[i], y)
+            one = gaussian(networks["p_z1"](mean, y)).log_prob(z1[i]) - math.log(3)
+            one = one - kl_divergence(gaussian((mean, log_variance)), Independent(Normal(torch.zeros_like(mean), 1.0), 1))
+            explicit = explicit + q[i, k] * one
+        assert found[i].item() == pytest.approx(explicit.item(), rel=1e-9)
+
+
+def test_m2_by_hand():
+    """Constant networks: every term is a number that can be written down."""
+    networks, config = small(m1m2, m1_latent_dim=2, m1_hidden_dim=5, m1_hidden_layers=1)
+    with torch.no_grad():
+        for network in networks.values():
+            for p in network.parameters():
+                p.zero_()
+        networks["q_z2"].heads[0].bias.copy_(torch.tensor([1.0, 0.0]))  # KL = 1/2
+        networks["q_y"].heads[0].bias.copy_(torch.tensor([math.log(2), 0.0, 0.0], dtype=torch.float64))  # q = 1/2, 1/4, 1/4
+    z1 = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+    log_normal = -math.log(2 * math.pi) - (1 + 4) / 2
+    labelled = log_normal - math.log(3) - 0.5
+    y = torch.eye(3, dtype=torch.float64)[[0]]
+    assert m1m2.labelled_bound(networks, z1, y, config, noise()).item() == pytest.approx(labelled, rel=1e-12)
+    entropy = 0.5 * math.log(2) + 0.5 * math.log(4)
+    assert m1m2.unlabelled_bound(networks, z1, config, noise()).item() == pytest.approx(labelled + entropy, rel=1e-12)
+
+
+def test_m1_is_trained_first_and_then_left_alone():
+    networks, config = small(m1m2, m1_latent_dim=2, m1_hidden_dim=5, m1_hidden_layers=1, m1_epochs=2, epochs=4, labelled_weight=0.3)
+    optimizer = torch.optim.Adam([p for network in networks.values() for p in network.parameters()], lr=0.01)
+
+    def moved(epoch: int) -> set[str]:
+        before = {name: [p.clone() for p in network.parameters()] for name, network in networks.items()}
+        m1m2.train_step(networks, optimizer, batch_of(networks, 6, 4, epoch=epoch), config)
+        return {
+            name
+            for name, network in networks.items()
+            if any((a != b).any() for a, b in zip(before[name], network.parameters(), strict=True))
+        }
+
+    assert moved(0) == moved(1) == {"q_z1", "p_x"}
+    assert moved(2) == moved(3) == {"q_y", "q_z2", "p_z1"}
+    terms = m1m2.train_step(networks, optimizer, batch_of(networks, 6, 4, epoch=3), config)
+    whole = -terms["unlabelled_bound"] - 0.3 * terms["labelled_bound"] + 0.1 * terms["cross_entropy"]
+    assert terms["loss"].item() == pytest.approx(whole.item())
+
+
+# -------------------------------------------------------------------------------------------------------------------- ADGM
+
+
+def adgm_bound(networks, config, x, y, samples: int) -> float:
+    h = networks["features"](x)
+    q_a = gaussian(networks["q_a"](h))
+    a = m1m2.draw(*(t.expand(samples, -1) for t in networks["q_a"](h)), noise())
+    return adgm.labelled_bound(networks, x.flatten(1), h, a, q_a.log_prob(a), y, config, noise(2)).mean().item()
+
+
+def test_adgm_bound_lies_below_the_log_likelihood():
+    networks, config = small(adgm, std=0.4, auxiliary_dim=2)  # milder weights: importance sampling needs q to cover the posterior
+    x = torch.tensor([1.0, 0, 1, 1], dtype=torch.float64).view(1, 1, 2, 2)
+    h, n = networks["features"](x), 300_000
+    for k in range(3):
+        y = torch.eye(3, dtype=torch.float64)[[k]]
+        # log p(x, y) needs neither a nor q: the auxiliary variable leaves p(x, y, z) as it is.
+        z = torch.randn(n, 2, generator=noise(1), dtype=torch.float64)
+        likelihood = Independent(Bernoulli(logits=networks["p_x"](z, y)), 1)
+        log_p = likelihood.log_prob(x.flatten()).logsumexp(0).item() - math.log(n) - math.log(3)
+        # The same by importance sampling with every density of the model, from torch.distributions.
+        q_a = gaussian(networks["q_a"](h))
+        a = q_a.sample((n,))[:, 0]
+        q_z = gaussian(networks["q_z"](h, a, y))
+        z = q_z.sample()
+        log_w = (
+            Independent(Bernoulli(logits=networks["p_x"](z, y)), 1).log_prob(x.flatten())
+            + Independent(Normal(torch.zeros_like(z), 1.0), 1).log_prob(z)
+            - math.log(3)
+            + gaussian(networks["p_a"](h, z, y)).log_prob(a)
+            - q_a.log_prob(a[:, None]).squeeze()
+            - q_z.log_prob(z)
+        )
+        assert log_w.logsumexp(0).item() - math.log(n) == pytest.approx(log_p, abs=0.05)
+        bound = adgm_bound(networks, config, x, y, 100_000)
+        assert bound == pytest.approx(log_w.mean().item(), abs=0.05)
+        assert bound < log_p - 0.05
+
+
+def test_adgm_sums_over_every_class(monkeypatch):
+    networks, config = small(adgm, auxiliary_dim=2, labelled_weight=0.7, label_weight=2.0)
+    for module in (m1m2, adgm):
+        monkeypatch.setattr(module, "draw", lambda mean, log_variance, noise: mean)
+    batch = batch_of(networks, 5, 4)
+    terms = adgm.loss_terms(networks, batch, config)
+
+    def bound(x, k: int):
+        y, h = torch.eye(3, dtype=torch.float64)[[k]], networks["features"](x[None])
+        a, a_log_variance = networks["q_a"](h)
+        z, z_log_variance = networks["q_z"](h, a, y)
+        standard = Independent(Normal(torch.zeros_like(z), 1.0), 1)
+        value = Independent(Bernoulli(logits=networks["p_x"](z, y)), 1).log_prob(x.flatten()) - math.log(3)
+        value = value + gaussian(networks["p_a"](h, z, y)).log_prob(a) - gaussian((a, a_log_variance)).log_prob(a)
+        return (value - kl_divergence(gaussian((z, z_log_variance)), standard)).squeeze(), networks["q_y"](h, a)[0]
+
+    unlabelled = []
+    for x in batch.unlabelled:
+        q = bound(x, 0)[1].softmax(0)
+        unlabelled.append(Categorical(q).entropy() + sum(q[k] * bound(x, k)[0] for k in range(3)))
+    labelled = [bound(x, int(k)) for x, k in zip(batch.labelled, batch.labels, strict=True)]
+    cross_entropy = torch.stack([-logits.log_softmax(0)[k] for (_, logits), k in zip(labelled, batch.labels, strict=True)]).mean()
+    assert terms["unlabelled_bound"].item() == pytest.approx(torch.stack(unlabelled).mean().item(), rel=1e-9)
+    assert terms["labelled_bound"].item() == pytest.approx(torch.stack([v for v, _ in labelled]).mean().item(), rel=1e-9)
+    assert terms["cross_entropy"].item() == pytest.approx(cross_entropy.item(), rel=1e-9)
+    whole = -terms["unlabelled_bound"] - 0.7 * terms["labelled_bound"] + 2.0 * terms["cross_entropy"]
+    assert terms["loss"].item() == pytest.approx(whole.item(), rel=1e-12)
+
+
+def test_joined_inputs_are_one_layer_on_the_concatenation():
+    torch.manual_seed(0)
+    dense = m1m2.Dense([3, 2], [6, 4], [5, 1], torch.nn.ReLU())
+    x, y = torch.randn(7, 1, 3), torch.randn(1, 4, 2)
+    whole = torch.nn.Linear(5, 6)
+    with torch.no_grad():
+        whole.weight.copy_(torch.cat([layer.weight for layer in dense.inputs], 1))
+        whole.bias.copy_(dense.inputs[0].bias)
+    hidden = dense.hidden(whole(torch.cat([x.expand(7, 4, 3), y.expand(7, 4, 2)], -1)))
+    for found, head in zip(dense(x, y), dense.heads, strict=True):
+        torch.testing.assert_close(found, head(hidden))
+
+
+def test_adgm_moves_codes_and_one_hots():
+    networks, config = small(adgm, auxiliary_dim=2)
+    networks = {name: network.float() for name, network in networks.items()}
+    trained = Trained(config, adgm, networks, {})
+    z = trained.encode(torch.randint(256, (6, 1, 2, 2), dtype=torch.uint8))
+    assert z.shape == (6, 5) and torch.equal(z[:, 2:].sum(1), torch.ones(6)) and set(z[:, 2:].unique().tolist()) <= {0.0, 1.0}
+    moved = model.transfer_style(z[[0]], trained.classify(z[[0]]), torch.tensor([2]), trained.means, 0.5)
+    assert torch.equal(moved[0, :2], z[0, :2])  # the style stays
+    expected = z[0, 2:] / 2
+    expected[2] += 0.5
+    torch.testing.assert_close(moved[0, 2:], expected)
+    codes, components = trained.draw(3000, noise())
+    assert torch.equal(trained.classify(codes), components)
+    torch.testing.assert_close(components.bincount() / 3000, torch.full((3,), 1 / 3), atol=0.04, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- networks
+
+
+def dense(inputs: int, hidden: list[int], *heads: int) -> int:
+    sizes = [inputs, *hidden]
+    return sum(a * b + b for a, b in itertools.pairwise(sizes)) + sum(hidden[-1] * n + n for n in heads)
+
+
+CONVOLUTIONS = 3 * 512 + 32 + 32 * 512 + 32 + 32 * 1024 + 64 + 64 * 1024 + 64  # 4×4 kernels: 16 weights a pair of filters
+BACK = 64 * 1024 + 64 + 64 * 512 + 32 + 32 * 512 + 32 + 32 * 48 + 3
+NETWORKS = {
+    "svhn": {"encoder": 4_905_446, "decoder": 4_908_498, "mixture": 200},
+    "celeba": {"encoder": 1_565_832, "decoder": 1_566_763, "mixture": 128},
+    "mnist-cwae": {"encoder": 1_863_690, "decoder": 1_864_464, "mixture": 10},
+    "mnist-m1m2": {"features": 0, "q_z1": dense(784, [500, 500], 50, 50), "p_x": dense(50, [500, 500], 784), "q_y": dense(50, [300], 10),
+                   "q_z2": dense(60, [300], 50, 50), "p_z1": dense(60, [300], 50, 50)},
+    "svhn-m1m2": {"features": 0, "q_z1": dense(3072, [600, 600], 300, 300), "p_x": dense(300, [600, 600], 3072),
+                  "q_y": dense(300, [500, 500], 10), "q_z2": dense(310, [500, 500], 300, 300), "p_z1": dense(310, [500, 500], 300, 300)},
+    "celeba-m1m2": {"features": CONVOLUTIONS, "q_z1": dense(1024, [300], 300, 300), "p_x": dense(300, [300], 1024) + BACK,
+                    "q_y": dense(300, [300], 4), "q_z2": dense(304, [300], 50, 50), "p_z1": dense(54, [300], 300, 300)},
+    "mnist-adgm": {"features": 0, "q_a": dense(784, [500, 500], 100, 100), "q_y": dense(884, [500, 500], 10),
+                   "q_z": dense(894, [500, 500], 100, 100), "p_a": dense(894, [500, 500], 100, 100),
+                   "p_x": dense(110, [500, 500], 784), "images": 0},
+    "svhn-adgm": {"features": 0, "q_a": dense(3072, [500, 500], 300, 300), "q_y": dense(3372, [500, 500], 10),
+                  "q_z": dense(3382, [500, 500], 300, 300), "p_a": dense(3382, [500, 500], 300, 300),
+                  "p_x": dense(310, [500, 500], 3072), "images": 0},
+    "celeba-adgm": {"features": CONVOLUTIONS, "q_a": dense(1024, [500, 500], 300, 300), "q_y": dense(1324, [500, 500], 4),
+                    "q_z": dense(1328, [500, 500], 300, 300), "p_a": dense(1328, [500, 500], 300, 300),
+                    "p_x": dense(304, [500, 500], 1024), "images": BACK},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", NETWORKS)
+def test_parameter_counts(experiment):
+    config = run.experiment_config("segma", experiment)
+    networks = train.system_of(dataclasses.asdict(config)).build(config)
+    assert {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()} == NETWORKS[experiment]
+
+
+def test_describe_traces_every_network_of_a_baseline():
+    code, out, err = run_command("segma.train", "celeba-adgm", "--describe", "--json", "--data", "/nowhere")
+    assert code == 0, err
+    networks = json.loads(out)["networks"]
+    assert [layer["output"] for layer in networks["features"]["layers"] if layer["layer"] == "Conv2d"] == [
+        [32, 32, 32], [32, 16, 16], [64, 8, 8], [64, 4, 4]]  # fmt: skip
+    assert [layer["output"] for layer in networks["images"]["layers"] if layer["layer"] == "ConvTranspose2d"] == [
+        [64, 8, 8], [32, 16, 16], [32, 32, 32], [3, 64, 64]]  # fmt: skip
+
+
+def test_the_decoder_with_the_papers_four_layers():
+    config = run.experiment_config("segma", "svhn", {"decoder_layers": 4})
+    assert sum(p.numel() for p in model.build(config)["decoder"].parameters()) == 4_289_916
+
+
+# --------------------------------------------------------------------------------------------- every experiment, two steps
+
+
+def made_up(config) -> Dataset:
+    """A data set of the shape that the experiment wants, of two batches."""
+    g = noise()
+    classes = config.n_components if config.n_components not in (None, 1) else 10 if config.image_shape[1] != 64 else 4
+    n = 2 * max(config.batch_unlabelled, config.n_labels)
+    images = torch.randint(256, (n + 220, *config.image_shape), dtype=torch.uint8, generator=g)
+    labels = torch.arange(n + 220) % classes
+    names = tuple(map(str, range(10))) if classes == 10 else tuple("abcd")
+    return Dataset(config.dataset.partition(":")[0], images[:n], labels[:n], images[n:], labels[n:], names, "0" * 16, False)
+
+
+@pytest.mark.parametrize("experiment", run.experiments("segma"))
+def test_every_experiment_trains_two_steps_and_evaluates(experiment, tmp_path, monkeypatch):
+    config = run.experiment_config("segma", experiment)
+    changed = {"epochs": 1, "batch_unlabelled": min(config.batch_unlabelled, 100), "n_labels": 50}
+    config = dataclasses.replace(config, **changed) if not hasattr(config, "m1_epochs") else dataclasses.replace(
+        config, **{**changed, "epochs": 2}, m1_epochs=1)  # fmt: skip
+    data = made_up(config)
+    monkeypatch.setattr(train, "load", lambda *a: data)
+    monkeypatch.setattr("segma.eval.load", lambda *a: data)
+    monkeypatch.setattr("segma.eval.FID_SAMPLES", 200)
+    random_network = classifier.network(config.image_shape, data.n_classes).eval()
+    monkeypatch.setattr(classifier, "trained", lambda data, cache, device: (random_network, 10.0))
+    options = run.Options(experiment, runs=tmp_path)
+    folder = train.train(config, options)
+    rows = load_run(folder).state["rows"]
+    assert len(rows) == (2 if hasattr(config, "m1_epochs") else 1) and (folder / "samples").is_dir()
+    result = evaluate(options)
+    labelled = "cwae" not in experiment and "unsupervised" not in experiment
+    assert ("test_error" in result["metrics"]) == ("samples_of_their_class" in result["metrics"]) == labelled
+    assert ("component_purity" in result["metrics"]) == (not labelled)
+    assert {"fid_classifier", "fid_classifier_interpolation", "reconstruction_error"} <= result["metrics"].keys()
+    pictures = {path.stem for path in (folder / "figures").glob("*.png")}
+    assert {"samples", "interpolations", "training"} <= pictures
+    assert ("style_transfer" in pictures) == labelled
+    assert ("closed_form" in pictures) == (not experiment.endswith(("adgm", "m1m2")))
