@@ -469,7 +469,8 @@ def main(argv: list[str] | None = None) -> None:
             if options.experiment:
                 run.check_experiment(paper, options.experiment)
             mine = yours(paper, options.runs)
-            print(f"\n{paper}\n{as_text(table(paper, mine, options.experiment))}")
+            rows = table(paper, mine, options.experiment)
+            print(f"\n{paper}\n{as_text(rows) if len(rows) > 1 else f'no published number for {options.experiment}'}")
             if order := rankings(paper, mine):
                 print(f"\n{as_text(order)}")
     elif options.what == "collect":

@@ -105,6 +105,8 @@ def evaluate(options: run.Options, weights: Path | None = None) -> dict:
     scores, extractor = tables_i_and_iii(trained, data, z, options, weights)
     if "mixture" in trained.networks:  # SeGMA's own
         details["sampled_distance"], timing = closed_form_against_sampling(trained, z, options.seed)
+        noise = {row["n"]: row["gradient_noise"] for row in details["sampled_distance"]}
+        metrics["sampled_gradient_noise"] = 100 * noise[100]
         if trained.config.labelled_per_batch:
             geometry = {"mean_distances": mean_distances(trained), **nearest_classes(trained, data)}
             details |= geometry | {"between": between(trained, data, z, options.seed)}
