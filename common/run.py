@@ -204,7 +204,7 @@ def check_experiment(paper: str, experiment: str) -> None:
     """Raise UserError, naming the nearest and all, where the paper has no such experiment."""
     known = experiments(paper)
     if experiment not in known:
-        close = difflib.get_close_matches(experiment, known, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(experiment, known, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"unknown experiment {experiment!r}; {hint}the experiments are {', '.join(known)}")
 

@@ -143,7 +143,7 @@ def test_two_processes_on_one_run(tmp_path, capsys):
 
 MISTAKES = [
     (["mnits"], "unknown experiment 'mnits'; did you mean mnist?"),
-    (["zebra"], "unknown experiment 'zebra'; the experiments are digits, mnist, mnist-first-labels"),
+    (["zebra"], "unknown experiment 'zebra'; the experiments are celeba, celeba-adgm"),
     (["digits", "--learing-rate", "1"], "unknown argument '--learing-rate'; did you mean --learning-rate?"),
     (["digits", "--epocs=3"], "unknown argument '--epocs=3'; did you mean --epochs?"),
     (["digits", "--epochs", "0"], "--epochs: 0 is out of range; allowed: >= 1"),
@@ -163,6 +163,13 @@ MISTAKES = [
     (["digits", "--json"], "--json: goes with --describe"),
     (["digits", "--batch-unlabelled", "2000"], "batch_unlabelled: 2000 is more than the 1437 training images"),
     (["mnist", "--data", "/nonexistent/folder"], "mnist: no data in /nonexistent/folder/MNIST/raw"),
+    (["svhn", "--data", "/nonexistent/folder"], "svhn_extra: no data in /nonexistent/folder/SVHN"),
+    (["celeba-adgm", "--data", "/nonexistent/folder"], "celeba: no data in /nonexistent/folder/celeba"),
+    (["digits", "--m1-epochs", "3"], "--m1-epochs: digits has no such value; did you mean epochs?"),
+    (["digits-m1m2", "--m1-epochs", "500"], "m1_epochs: 500 of 500 epochs leave none for M2"),
+    (["digits", "--n-components", "4"], "n_components: 4 components cannot stand for the 10 classes of digits"),
+    (["folder", "--dataset", "folder"], "dataset: 'folder' is not one of digits, mnist"),
+    (["folder", "--dataset", "folder:/nonexistent"], "/nonexistent"),
 ]
 
 
@@ -228,7 +235,7 @@ def test_a_slice_of_mnist_from_files_to_diff(data_root, tmp_path, capsys):
     code, out, err = call(segma_eval.main, *where, "--unofficial-data", capsys=capsys)
     assert code == 0 and "FID left out: mnist has fewer images" in out, err
     code, out, err = call(diff.main, "show", "--experiment", "mnist", "--runs", tmp_path / "runs", capsys=capsys)
-    assert code == 0 and "not comparable: another config (hidden_dim 64, labels stratified, loss_over all)" in out, err
+    assert code == 0 and "not comparable: another config (labels stratified, hidden_dim 64, loss_over all)" in out, err
     runs = tmp_path / "plain"
     where[4] = runs
     assert call(segma_train.main, *where, "--epochs", "1", "--unofficial-data", capsys=capsys)[0] == 0

@@ -194,7 +194,7 @@ def test_show_and_pending(house, trained, capsys, tmp_path):
     call(diff.main, "collect", "--runs", runs, capsys=capsys)
     code, out, _ = call(diff.main, "show", "segma", "--experiment", "digits", "--runs", runs, capsys=capsys)
     assert code == 0 and re.search(r"digits +– +14.5 ± 3 \(n=10\) +– +14.5 ± 3 \(n=10\) +yours as the reference", out)
-    assert "segma-digits" not in call(diff.main, "pending", "--runs", runs, capsys=capsys)[1]
+    assert "segma-digits " not in call(diff.main, "pending", "--runs", runs, capsys=capsys)[1]
     (runs / "segma/mnist/seed2").mkdir(parents=True)
     (runs / "segma/mnist/seed2/log.csv").write_text("epoch\n1\n2\n")
     assert "seed 2: epoch 2 of 500" in call(diff.main, "pending", "--runs", runs, capsys=capsys)[1]
