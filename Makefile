@@ -10,6 +10,7 @@ EPOCHS ?=
 INCEPTION ?=
 DATASET ?=
 UNOFFICIAL ?=
+FLAGS ?=
 
 WHERE = --data "$(DATA)" --runs "$(RUNS)" --device $(DEVICE) --threads $(THREADS) $(if $(UNOFFICIAL),--unofficial-data)
 CONFIGS := $(sort $(wildcard */configs/*.yaml))
@@ -27,7 +28,7 @@ endif
 .PHONY: help setup test lint diff results pending clean $(TARGETS)
 
 help:
-	@echo "Train, evaluate and diff (what it takes: SEEDS=\"0 1 2\" DATA=folder DEVICE=cpu|cuda EPOCHS=n PRECISION=fp32|bf16 RUNS=folder THREADS=n INCEPTION=file UNOFFICIAL=1 DATASET=folder:path):"
+	@echo "Train, evaluate and diff (what it takes: SEEDS=\"0 1 2\" DATA=folder DEVICE=cpu|cuda EPOCHS=n PRECISION=fp32|bf16 RUNS=folder THREADS=n INCEPTION=file UNOFFICIAL=1 DATASET=folder:path FLAGS=\"--any-field value\"):"
 	@$(foreach c,$(CONFIGS),printf '  make %-28s %s\n' '$(firstword $(subst /, ,$(c)))-$(basename $(notdir $(c)))' "$$(sed -n '1s/^# *//p' $(c))";)
 	@echo "Everything else:"
 	@printf '  make %-28s %s\n' \
@@ -54,7 +55,7 @@ setup: $(READY)
 $(TARGETS): $(READY)
 	@set -e; paper=$(firstword $(subst -, ,$@)); experiment=$(patsubst $(firstword $(subst -, ,$@))-%,%,$@); \
 	for seed in $(SEEDS); do \
-	  "$(PYTHON)" -m $$paper.train $$experiment --seed $$seed $(WHERE) --precision $(PRECISION) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DATASET),--dataset "$(DATASET)"); \
+	  "$(PYTHON)" -m $$paper.train $$experiment --seed $$seed $(WHERE) --precision $(PRECISION) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DATASET),--dataset "$(DATASET)") $(FLAGS); \
 	  "$(PYTHON)" -m $$paper.eval $$experiment --seed $$seed $(WHERE) $(if $(INCEPTION),--inception "$(INCEPTION)"); \
 	done; \
 	"$(PYTHON)" -m common.diff show $$paper --experiment $$experiment --runs "$(RUNS)"

@@ -246,7 +246,7 @@ def table(paper: str, mine: dict[str, list[dict]] | None, only: str | None = Non
         config = config_of(paper, item["experiment"])
         found = sample(reference.get(item["experiment"], []), config, item["metric"])
         row = ["ours", item["what"], item["experiment"], "–", str(found), "–"]
-        word = "no published number" if found.values else "not run"
+        word = "no published number" if found.values else "not comparable" if found.reasons else "not run"
         if mine is not None:
             here = sample(mine.get(item["experiment"], []), config, item["metric"])
             row.append(str(here))
@@ -271,27 +271,29 @@ def rankings(paper: str, mine: dict[str, list[dict]] | None = None) -> list[list
     for (where, metric), column in columns.items():
         if column[0].better == "equal":
             continue
-        for name in (metric, stand_ins.get(metric)):
-            found = {}
+        by_metric: dict[str, dict[str, list[float]]] = {}
+        for name in filter(None, (metric, stand_ins.get(metric))):
+            by_metric[name] = {}
             for entry in column:
                 config = config_of(paper, entry.experiment)
                 for records in (reference, mine or {}):
-                    values = sample(records.get(entry.experiment, []), config, name).values if config is not None and name else []
+                    values = sample(records.get(entry.experiment, []), config, name).values if config is not None else []
                     if values:
-                        found.setdefault(entry.system, statistics.fmean(values))
-            if len(found) > 1:
-                break
+                        by_metric[name].setdefault(entry.system, values)
+        any_value = {system for found in by_metric.values() for system in found}
+        name, found = next(((n, f) for n, f in by_metric.items() if f.keys() == any_value), (None, {}))
         ran = [entry for entry in column if entry.system in found]
         if len(ran) < 2:
             continue
         lower = column[0].better == "lower"
         theirs = sorted(ran, key=lambda e: e.value, reverse=not lower)
-        ours = sorted(ran, key=lambda e: found[e.system], reverse=not lower)
+        ours = sorted(ran, key=lambda e: statistics.fmean(found[e.system]), reverse=not lower)
         pairs = [(a, b) for i, a in enumerate(theirs) for b in theirs[i + 1 :]]
         alike = sum(ours.index(a) < ours.index(b) for a, b in pairs)
-        shown = [", ".join(f"{e.system} {value:.4g}" for e, value in order) for order in (
-            [(e, e.value) for e in theirs], [(e, found[e.system]) for e in ours])]  # fmt: skip
-        rows.append([where, *shown, name, f"{alike} of {len(pairs)}"])
+        published_order = ", ".join(f"{e.system} {e.value:.4g}" for e in theirs)
+        our_order = ", ".join(f"{e.system} {statistics.fmean(found[e.system]):.4g} (n={len(found[e.system])})" for e in ours)
+        indicative = "" if min(len(found[e.system]) for e in ran) >= 5 else ", indicative"
+        rows.append([where, published_order, our_order, name, f"{alike} of {len(pairs)}{indicative}"])
     return [["where", "published order, best first", "our order", "by", "pairs in the same order"], *rows] if rows else []
 
 

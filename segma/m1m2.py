@@ -32,7 +32,7 @@ class Config(Task):
     activation: Literal["softplus", "relu"] = "softplus"
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"  # p(x|z1); gaussian: of variance 1
     binarise: bool = False  # draw black-or-white pixels with the grey values as probabilities, anew for each batch
-    posterior_variance: Literal["free", "at_least_one"] = "free"  # the latter: log σ² through a softplus, as in the open repository
+    posterior_variance: Literal["free", "at_least_one"] = "free"  # of q: log σ² through a softplus, as in the open repository
     labelled_weight: NonNegative = 100 / 60_000  # of the mean labelled bound; the mean unlabelled bound weighs 1
     label_weight: NonNegative = 0.1  # α, of the mean cross-entropy of q(y|z1)
     m1_epochs: Count = 100  # the first so many epochs train M1, the others M2
@@ -40,7 +40,7 @@ class Config(Task):
     def __post_init__(self):
         super().__post_init__()
         if self.m1_epochs >= self.epochs:
-            raise ValueError(f"m1_epochs: {self.m1_epochs} of {self.epochs} epochs leave none for M2")
+            raise ValueError(f"m1_epochs: {self.m1_epochs} of {self.epochs} epochs leave none for M2; give fewer, or more --epochs")
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
@@ -103,7 +103,10 @@ def examples(config: Config) -> dict[str, Tensor | tuple[Tensor, ...]]:
 
 
 def spread(log_variance: Tensor, config) -> Tensor:
-    """log σ² of a Gaussian from its network's output, (…, D). at_least_one is the open repository's reading: σ² ≥ 1 throughout."""
+    """log σ² of a Gaussian from its network's output, (…, D). at_least_one is the open repository's reading: σ² ≥ 1.
+
+    Of every q, and of ADGM's p(a|x, z, y). M2's p(z1|z2, y) is free: the open repository has no such density (ledger 33).
+    """
     return F.softplus(log_variance) if config.posterior_variance == "at_least_one" else log_variance
 
 

@@ -187,6 +187,8 @@ def encode_all(system: ModuleType, networks: dict[str, nn.Module], images: Tenso
 
 def for_data(config: Task, data: Dataset) -> Task:
     """The config with as many components as the data have classes, where it left that open. Raises UserError where they cannot fit."""
+    if data.n_classes < 2 and config.labelled_per_batch:
+        raise run.UserError(f"{data.name} has {data.n_classes} class; labels need at least 2 (--label-weight 0 trains without)")
     if config.n_components is None:
         config = replace(config, n_components=data.n_classes)
     if config.n_components != data.n_classes and config.labelled_per_batch:
@@ -201,7 +203,11 @@ def train(config: Task, options: run.Options) -> Path:
     device = run.set_up(options)
     data = load(config.dataset, options.data, options.unofficial_data)
     config, system = for_data(config, data), system_of({"module": getattr(config, "module", "train")})
-    known = choose_labels(data.train_labels, config.n_labels, config.labels, data.n_classes, options.seed)
+    m = config.labelled_per_batch
+    if m or config.n_components == data.n_classes:  # else neither the loss nor the priors have a use for labels
+        known = choose_labels(data.train_labels, config.n_labels, config.labels, data.n_classes, options.seed)
+    else:
+        known = torch.arange(0)
     images = data.train_images.to(device)
     test_images, test_labels = data.test_images.to(device), data.test_labels.to(device)
     known_images, known_labels = as_input(images[known.to(device)]), data.train_labels[known].to(device)
@@ -216,7 +222,6 @@ def train(config: Task, options: run.Options) -> Path:
     rows = torch.arange(config.n_components, device=device).repeat_interleave(10)
 
     steps = len(images) // config.batch_unlabelled  # the few images left over come in with another epoch's order
-    m = config.labelled_per_batch
     with run.Run("segma", config, options, data.provenance(), device) as r:
         r.resume(networks, {"adam": optimizer}, steps)
         while r.epoch < config.epochs:
@@ -229,7 +234,7 @@ def train(config: Task, options: run.Options) -> Path:
                 batch = Batch(as_input(images[drawn]), known_images[known_drawn], known_labels[known_drawn], r.epoch, generator)
                 r.after_step(system.train_step(networks, optimizer, batch, config, options.precision))
             more = {}
-            if m:
+            if m and r.epoch >= getattr(config, "m1_epochs", 0):  # M1 alone has no classifier yet
                 found = system.classes(networks, encode_all(system, networks, test_images, options.precision))
                 more["test_error"] = error_rate(found, test_labels)
             if "mixture" in networks:
