@@ -386,7 +386,7 @@ def blocks() -> dict[Path, str]:
 
 def reference_runs(paper: str) -> str:
     """One row per experiment: what its numbers come from."""
-    rows = [["reference runs", "seeds", "epochs", "precision", "torch", "device, threads", "training, mean", "commits"]]
+    rows = [["reference runs", "seeds", "epochs", "precision", "torch", "device, threads", "wall clock of training, mean", "commits"]]
     for experiment, records in references(paper).items():
         provenances = [record["provenance"] for record in records]
 
