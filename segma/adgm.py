@@ -3,7 +3,7 @@
     python -m segma.train mnist-adgm --seed 0 --data data
 
 Generative model p(y) p(z) p(x|z, y) p(a|x, z, y), y uniform, z ~ N(0, I), with the auxiliary variable a, which leaves p(x, y, z) as it
-is; inference q(a|x) q(y|a, x) q(z|a, x, y), richer for it. Equation numbers here are those of that paper; a code is (z, one-hot y).
+is; inference q(a|x) q(y|a, x) q(z|a, x, y), richer for it. A code is (z, one-hot y).
 """
 
 import math
@@ -79,7 +79,7 @@ def generate(networks: dict[str, nn.Module], z: Tensor, y: Tensor) -> Tensor:
 def labelled_bound(
     networks: dict[str, nn.Module], x: Tensor, h: Tensor, a: Tensor, log_q_a: Tensor, y: Tensor, config: Config, noise: torch.Generator
 ) -> Tensor:
-    """-L(x, y) of eq. (10), one sample: log p(x|z,y) + log p(y) + log p(a|x,z,y) - log q(a|x) - KL(q(z|a,x,y) ‖ p(z)).
+    """-L(x, y), the bound of a labelled image, one sample: log p(x|z,y) + log p(y) + log p(a|x,z,y) - log q(a|x) - KL(q(z|a,x,y) ‖ p(z)).
 
     x: (…, P) pixels; h: (…, n) their features; a: (…, A) and log_q_a: (…) drawn from q(a|x); y: (…, K) one-hot; leading dimensions
     broadcast. Returns (…), nats; its expectation is ≤ log p(x, y).
@@ -96,7 +96,7 @@ def labelled_bound(
 def train_step(
     networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, batch: Batch, config: Config, precision: str = "fp32"
 ) -> dict[str, Tensor]:
-    """One step down eq. (14): the bounds of both halves of the batch and α times the cross-entropy. Returns its terms, scalars."""
+    """One step down the objective: the bounds of both halves of the batch and α times the cross-entropy. Returns its terms, scalars."""
     terms = loss_terms(networks, batch, config, precision)
     return {**terms, "grad_norm": descend(terms["loss"], optimizer, config)}
 
@@ -114,7 +114,7 @@ def loss_terms(networks: dict[str, nn.Module], batch: Batch, config: Config, pre
         log_q_a = log_normal(a, mean, log_variance)
         log_q_y = networks["q_y"](h, a).log_softmax(-1)  # (B, K)
 
-        # Unlabelled, -U(x) of eq. (11): the sum over every class, each image's first layers computed once.
+        # Unlabelled, -U(x): the sum over every class, each image's first layers computed once.
         known = [t[:n, None] for t in (x, h, a, log_q_a)]  # (n, 1, ·)
         bounds = labelled_bound(networks, *known, torch.eye(k, device=x.device, dtype=x.dtype)[None], config, batch.noise)  # (n, K)
         bound_u = (log_q_y[:n].exp() * (bounds - log_q_y[:n])).sum(-1).mean()
