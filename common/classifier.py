@@ -5,12 +5,10 @@ judged by the same network; neither is comparable with a published number. `trai
 ones too.
 """
 
-import fcntl
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from tqdm import tqdm
 
 from common.data import Dataset
 from common.metrics import error_rate
-from common.run import UserError, generator, load_checkpoint, save_checkpoint, session
+from common.run import UserError, generator, load_checkpoint, locked, save_checkpoint, session
 
 FEATURES = 128
 RECIPE = "2"  # names the cached files: raise it when the network or its training changes, so that they are trained anew
@@ -106,8 +104,7 @@ def trained(data: Dataset, cache: Path, device: torch.device | str) -> tuple[Net
     device = torch.device(device)
     path = cache_path(data, cache)
     cache.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.stem}.lock"), "w") as lock:
-        _wait_for(lock, data.name)
+    with locked(path.with_name(f".{path.stem}.lock"), f"waiting for another process, which trains the classifier for {data.name}"):
         state = _cached(path)
         if state is None:
             for part in cache.glob(f".{path.name}.*.part"):  # of a process that was killed while it wrote
@@ -129,15 +126,6 @@ def cache_path(data: Dataset, cache: Path) -> Path:
     # One digest, over files, may stand for several shapes or labellings of them.
     shape = "x".join(map(str, data.train_images.shape[1:]))
     return cache / f"classifier-{name}-{data.digest}-{shape}-{data.n_classes}-recipe{RECIPE}.pt"
-
-
-def _wait_for(lock: IO, name: str) -> None:
-    """Hold the lock, saying so where another process has it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"waiting for another process, which trains the classifier for {name}", flush=True)
-        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _cached(path: Path) -> dict | None:

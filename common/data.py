@@ -12,7 +12,6 @@ every file that has an official digest is checked against it on every start.
 """
 
 import errno
-import fcntl
 import hashlib
 import math
 import os
@@ -34,7 +33,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from common.run import UserError, atomic, generator
+from common.run import UserError, atomic, generator, locked
 
 # The uncompressed idx files. SHA-256 of files whose MD5s are the publishers' (the .gz files' MD5s stand in torchvision).
 SHA256 = {
@@ -623,12 +622,7 @@ def _decode(paths: list[Path], prepare: Callable[[Image.Image], Image.Image], sh
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time in a folder: of two first runs the second waits, then finds what the first one made."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder}: another process is preparing the data here; waiting for it", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder / ".lock", f"{folder}: another process is preparing the data here; waiting for it"):
         yield
 
 

@@ -271,11 +271,12 @@ def rankings(paper: str, mine: dict[str, list[dict]] | None = None) -> list[list
     for (where, metric), column in columns.items():
         if column[0].better == "equal":
             continue
+        configs = {entry.experiment: config_of(paper, entry.experiment) for entry in column}
         by_metric: dict[str, dict[str, list[float]]] = {}
         for name in filter(None, (metric, stand_ins.get(metric))):
             by_metric[name] = {}
             for entry in column:
-                config = config_of(paper, entry.experiment)
+                config = configs[entry.experiment]
                 for records in (reference, mine or {}):
                     values = sample(records.get(entry.experiment, []), config, name).values if config is not None else []
                     if values:

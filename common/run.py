@@ -429,6 +429,18 @@ def atomic(path: Path, mode: str = "w", keep_previous: bool = False) -> Iterator
     fsync_folder(path.parent)
 
 
+@contextmanager
+def locked(path: Path, waiting: str) -> Iterator[None]:
+    """One process at a time: of two that hold the same lock file the second says `waiting`, and waits. Its folder must be there."""
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(waiting, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def fsync_folder(folder: Path) -> None:
     """A rename survives a power cut only once its folder has been synced."""
     descriptor = os.open(folder, os.O_RDONLY)

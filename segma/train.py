@@ -134,7 +134,7 @@ def loss_terms(
     gamma = silverman_bandwidth(seen / config.n_components)
     mse = reconstruction_error(x[:seen], reconstruction)
     d2 = cramer_wold_distance(z[:seen], mixture.means, mixture.priors, gamma)
-    loss = mse + config.distance_weight * d2.log()  # eq. (6)
+    loss = mse + config.distance_weight * d2.log()  # eq. (9) with β = 0
     if config.label_weight == 0:
         return {"loss": loss, "mse": mse, "d2": d2}
     cross_entropy = classification_loss(z[len(unlabelled) :], labels, mixture.means, mixture.priors)
@@ -202,7 +202,7 @@ def train(config: Task, options: run.Options) -> Path:
     """Train, or resume, one run; returns its folder. Algorithm: Sec. V, last paragraph."""
     device = run.set_up(options)
     data = load(config.dataset, options.data, options.unofficial_data)
-    config, system = for_data(config, data), system_of({"module": getattr(config, "module", "train")})
+    config, system = for_data(config, data), system_of(vars(config))
     m = config.labelled_per_batch
     if m or config.n_components == data.n_classes:  # else neither the loss nor the priors have a use for labels
         known = choose_labels(data.train_labels, config.n_labels, config.labels, data.n_classes, options.seed)
@@ -250,7 +250,7 @@ def train(config: Task, options: run.Options) -> Path:
 def main(argv: list[str] | None = None) -> None:
     config, options = run.parse("segma", argv)
     if options.describe:
-        system = system_of({"module": getattr(config, "module", "train")})
+        system = system_of(vars(config))
         networks = system.build(replace(config, n_components=config.n_components or 1))
         print(run.describe(networks, system.examples(config), config, options.json))
     else:
