@@ -514,3 +514,22 @@ def test_a_short_run_of_each_baseline_reaches_what_it_reached(tmp_path):
         for name, (value, tolerance) in bounds.items():
             course = [row[name] for row in rows if name in row]
             assert course[-1] == pytest.approx(value, abs=tolerance) and course[-1] > course[0] + 10, name
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_softplus_and_log_bernoulli_are_pytorch_s_own(dtype, tolerance):
+    x = torch.cat([torch.linspace(-120, 120, 4801), torch.zeros(1)]).to(dtype).requires_grad_()
+    ours, theirs = m1m2.softplus.apply(x), torch.nn.functional.softplus(x.double(), threshold=1000)
+    torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+    gradient = torch.autograd.grad(ours.sum(), x)[0].double()
+    torch.testing.assert_close(gradient, x.detach().double().sigmoid(), rtol=tolerance, atol=tolerance)
+    if dtype == torch.bfloat16:  # densities are never taken in it
+        return
+    torch.manual_seed(0)
+    pixels, logits = torch.rand(3, 1, 5, dtype=dtype), (20 * torch.randn(3, 4, 5, dtype=dtype)).requires_grad_()
+    ours = m1m2.log_bernoulli.apply(pixels, logits)
+    theirs = Independent(Bernoulli(logits=logits.double(), validate_args=False), 1).log_prob(pixels.double())
+    torch.testing.assert_close(ours.double(), theirs, rtol=10 * tolerance, atol=10 * tolerance)
+    weights = torch.rand(3, 4)
+    gradients = [torch.autograd.grad((f * weights).sum(), logits, retain_graph=True)[0].double() for f in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=10 * tolerance, atol=10 * tolerance)
