@@ -5,7 +5,10 @@
     mnist, fashion_mnist    MNIST/raw/, FashionMNIST/raw/: four idx files each                                every file
     svhn, svhn_extra        SVHN/: train_32x32.mat, test_32x32.mat; with extra also extra_32x32.mat           every file
     celeba, celeba_train    celeba/: img_align_celeba/*.jpg, list_attr_celeba.txt, list_eval_partition.txt    the two text files
+    cifar10                 cifar-10-batches-py/: data_batch_1 … data_batch_5, test_batch, batches.meta       every file
+    stl10                   stl10_binary/: {train,test}_X.bin, {train,test}_y.bin, class_names.txt            every .bin file
     folder:PATH, folder_colour:PATH    a person's own images, PATH/<class>/*.jpg, anywhere                    there are none
+    signs:PATH              the same, for the Synthetic Traffic Signs: 40×40 images, taken as they are        there are none
 
 The layout is that of torchvision, which downloads what is missing (its SVHN class takes our SVHN/ as its root). Verifying is ours:
 every file that has an official digest is checked against it on every start.
@@ -15,13 +18,15 @@ import errno
 import hashlib
 import math
 import os
+import pickle
 import re
 import shutil
 import socket
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -57,7 +62,8 @@ CELEBA_TEXTS = ("list_attr_celeba.txt", "list_eval_partition.txt")
 CELEBA_PARTITIONS = {"celeba": (0, 1), "celeba_train": (0,)}  # trained on: the paper counts train and valid, its code takes train alone
 CELEBA_BOX = (19, 39, 159, 179)  # left, top, right, bottom of the 140×140 in the middle of 178×218
 CELEBA_VERSION = f"crop {CELEBA_BOX}, bilinear to 64×64, uint8 (N, C, H, W), v1"  # another preprocessing is another cache
-FOLDER_SHAPES = {"folder": (1, 28, 28), "folder_colour": (3, 64, 64)}
+STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")  # their file has no official digest
+FOLDER_SHAPES = {"folder": (1, 28, 28), "folder_colour": (3, 64, 64), "signs": (3, 40, 40)}
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # Pillow's names; not those that call other programs
 
 # (train, test) images of the official data.
@@ -69,6 +75,8 @@ OFFICIAL_COUNTS: dict[str, tuple[int, int]] = {
     "svhn_extra": (604_388, 26_032),
     "celeba": (182_637, 19_962),
     "celeba_train": (162_770, 19_962),
+    "cifar10": (50_000, 10_000),
+    "stl10": (5_000, 8_000),
 }
 
 
@@ -107,7 +115,7 @@ class Dataset:
 def load(name: str, root: str | Path, unofficial: bool = False) -> Dataset:
     """Load data set `name` from `root`, downloading it there if it is missing and can be had.
 
-    name: a key of OFFICIAL_COUNTS, or folder:<path> or folder_colour:<path>, which have no business with `root`.
+    name: a key of OFFICIAL_COUNTS, or folder:<path>, folder_colour:<path> or signs:<path>, which have no business with `root`.
     unofficial: read files whose digest is not the official one all the same; the result says so.
     Raises UserError where the data are missing, truncated, altered or unreadable.
     """
@@ -119,6 +127,10 @@ def load(name: str, root: str | Path, unofficial: bool = False) -> Dataset:
         return _svhn(name, Path(root), unofficial)
     if name in CELEBA_PARTITIONS:
         return _celeba(name, Path(root), unofficial)
+    if name == "cifar10":
+        return _cifar10(Path(root), unofficial)
+    if name == "stl10":
+        return _stl10(Path(root), unofficial)
     if name.partition(":")[0] in FOLDER_SHAPES:
         return _folder(name)
     raise UserError(f"unknown data set {name!r}; known: {', '.join([*OFFICIAL_COUNTS, *(f'{kind}:<path>' for kind in FOLDER_SHAPES)])}")
@@ -133,6 +145,10 @@ def official_digest(name: str) -> str | None:
         return DIGITS_DIGEST
     if name in SHA256:
         return _digest(SHA256[name].values())
+    if name == "cifar10":
+        return _digest(_cifar10_files().values())
+    if name == "stl10":
+        return _digest([*_stl10_files().values(), *STL10_CLASSES])
     return _digest(_svhn_files(name).values()) if name in SVHN_SPLITS else None
 
 
@@ -507,15 +523,158 @@ def _has_room(place: Path, size: int) -> bool:
         return False
 
 
+# --------------------------------------------------------------------------------------------------- CIFAR-10 and STL-10
+
+
+def _cifar10_files() -> dict[str, str]:
+    """The training batches, the test batch and the file of names, in this order, and their official MD5s, as they stand in torchvision."""
+    from torchvision.datasets import CIFAR10
+
+    return dict([*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
+
+
+def _cifar10(root: Path, unofficial: bool) -> Dataset:
+    """CIFAR-10, 32×32, from root/cifar-10-batches-py: five training batches, a test batch and the classes' names, each a pickle."""
+    from torchvision.datasets import CIFAR10
+
+    files = _cifar10_files()
+    folder = _provide_archive("cifar10", root, CIFAR10, list(files))
+    found = [_verify(folder / file, md5, "md5", unofficial) for file, md5 in files.items()]
+    *train, test, meta = (folder / file for file in files)
+    (names,) = _unpickle(meta, CIFAR10.meta["key"])
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or not len(names) == len(set(names)) == 10:
+        raise UserError(f"{meta}: {CIFAR10.meta['key']} is not a list of ten different names, expected one for each of CIFAR-10's classes")
+    split = (*_read_batches(train), *_read_batches([test]))
+    return Dataset("cifar10", *split, tuple(names), _digest(found), found == list(files.values()))
+
+
+def _read_batches(paths: list[Path]) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 32, 32) and labels (N,) of several batches, one after the other."""
+    pixels, labels = [], []
+    for path in paths:
+        data, classes = _unpickle(path, "data", "labels")
+        if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != 3 * 32 * 32 or not len(data):
+            what = "×".join(map(str, data.shape)) if isinstance(data, np.ndarray) else f"a {type(data).__name__}"
+            raise UserError(f"{path}: data is {what}, expected an array N×3072 of uint8: 3×32×32 an image")
+        if not isinstance(classes, list) or len(classes) != len(data):
+            what = f"{len(classes):,} labels" if isinstance(classes, list) else f"labels is a {type(classes).__name__}"
+            raise UserError(f"{path}: {what}, expected a list of {len(data):,}: one for each image")
+        wrong = [i for i, label in enumerate(classes) if type(label) is not int or not 0 <= label < 10]
+        if wrong:
+            raise UserError(f"{path}: the label of image {wrong[0]} is none of the integers 0 … 9")
+        pixels.append(data)
+        labels += classes
+    return torch.from_numpy(np.concatenate(pixels)).view(-1, 3, 32, 32), torch.tensor(labels)
+
+
+def _unpickle(path: Path, *keys: str) -> list:
+    """What CIFAR's pickled dict holds under `keys`. Raises UserError where it cannot be read, lacks one, or wants to run anything."""
+    try:
+        with open(path, "rb") as file:
+            content = _ArrayUnpickler(file, encoding="latin1").load()  # Python 2 wrote them: their text is bytes, as the pixels are
+    except Exception as error:  # on a damaged file pickle raises nearly anything
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise UserError(
+            f"{path}: not a readable pickle of CIFAR-10: truncated, altered or another format ({reason}). "
+            "Delete it and run again to download the official one"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected a dict with {' and '.join(keys)}")
+    missing = [key for key in keys if key not in content]
+    if missing:
+        there = _some(repr(key) for key in content if isinstance(key, str | bytes)) or "nothing"
+        raise UserError(f"{path}: has no {' and no '.join(missing)}, but {there}; expected CIFAR-10's {' and '.join(keys)}")
+    return [content[key] for key in keys]
+
+
+def _uint8(code: object, *_: object) -> np.dtype:
+    if code not in ("u1", "uint8"):
+        raise pickle.UnpicklingError(f"it holds an array of {code!r}, expected uint8")
+    return np.dtype(np.uint8)
+
+
+class _ArrayUnpickler(pickle._Unpickler):
+    """Reads numbers, text, lists, dicts and arrays of uint8, and can do nothing else.
+
+    A pickle names functions, and reading calls them: a stranger's could run anything. So the names that an array's pickle has lead to
+    functions of ours, and no other is looked up. numpy's own will not do: a crafted dtype reaches memory outside of its array. Nor will
+    pickle.Unpickler, the same in C: where a bit has flipped it may take gigabytes.
+    """
+
+    ALLOWED = {
+        ("numpy", "ndarray"): None,  # only ever an argument of _reconstruct
+        ("numpy", "dtype"): _uint8,
+        ("numpy.core.multiarray", "_reconstruct"): lambda *_: np.empty(0, np.uint8),  # what it holds follows, as its state
+        ("numpy._core.multiarray", "_reconstruct"): lambda *_: np.empty(0, np.uint8),  # as numpy 2 calls it
+        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how Python 3 writes bytes for Python 2
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'!r}, which images do not need and which was not run")
+        return self.ALLOWED[module, name]
+
+
+def _stl10_files() -> dict[str, str]:
+    """The labelled images and their labels, and their official MD5s, as they stand in torchvision; its unlabeled_X.bin is not read."""
+    from torchvision.datasets import STL10
+
+    official = dict([*STL10.train_list, *STL10.test_list])
+    return {file: official[file] for file in ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin")}
+
+
+def _stl10(root: Path, unofficial: bool) -> Dataset:
+    """STL-10's labelled images, 96×96, from root/stl10_binary."""
+    from torchvision.datasets import STL10
+
+    files = _stl10_files()
+    folder = _provide_archive("stl10", root, STL10, [*files, STL10.class_names_file])
+    found = [_verify(folder / file, md5, "md5", unofficial) for file, md5 in files.items()]
+    path = folder / STL10.class_names_file
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8", errors="replace").strip().splitlines())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if names != STL10_CLASSES and not unofficial:
+        raise UserError(
+            f"{path}: not the official names ({_some(names) or 'nothing'}; expected {', '.join(STL10_CLASSES)}, one a line). "
+            "Delete it and run again to download it, or pass --unofficial-data to use it as it is"
+        )
+    if not len(names) == len(set(names)) == 10:
+        raise UserError(f"{path}: has {len(set(names))} names in {len(names)} lines, expected ten different ones, one a line")
+    split = [tensor for part in ("train", "test") for tensor in _read_bins(folder / f"{part}_X.bin", folder / f"{part}_y.bin")]
+    is_official = found == list(files.values()) and names == STL10_CLASSES
+    return Dataset("stl10", *split, names, _digest([*found, *names]), is_official)
+
+
+def _read_bins(images: Path, labels: Path) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 96, 96), stored column by column, and labels (N,), stored as 1 … 10: bytes without any header."""
+    size, classes = images.stat().st_size, np.fromfile(labels, np.uint8)
+    n, rest = divmod(size, 3 * 96 * 96)
+    if not n or rest:
+        raise UserError(
+            f"{images}: {size:,} bytes, expected a multiple of 27,648: 3×96×96 an image. "
+            "Delete it and run again to download the official one"
+        )
+    if len(classes) != n:
+        raise UserError(f"{labels}: {len(classes):,} labels, expected {n:,}: a byte for each image of {images.name}")
+    wrong = classes[(classes < 1) | (classes > 10)]
+    if len(wrong):
+        raise UserError(f"{labels}: a label is {wrong[0]}, expected 1 … 10")
+    pixels = torch.from_numpy(np.fromfile(images, np.uint8)).view(n, 3, 96, 96)
+    return pixels.transpose(2, 3).contiguous(), torch.from_numpy(classes.astype(np.int64) - 1)
+
+
 # ---------------------------------------------------------------------------------------------------- a person's own images
 
 
 def _folder(name: str) -> Dataset:
     """A folder of class folders of images, as grey 28×28 (folder:) or colour 64×64 (folder_colour:); classes in the order of names.
 
-    Each image is cut to the square in its middle and brought to size bilinearly, with antialiasing. Where there are folders train and
-    test, they are the split. Otherwise a fifth of each class, at least one image, is the test set: those whose paths have the smallest
-    SHA-256, so that the split depends on nothing but the files' names.
+    Each image is cut to the square in its middle and brought to size bilinearly, with antialiasing; but signs: takes images of 40×40,
+    in colour, as they are, and no others. Where there are folders train and test, they are the split. Otherwise a fifth of each class,
+    at least one image, is the test set: those whose paths have the smallest SHA-256, so that the split depends on nothing but the
+    files' names.
     """
     kind, _, given = name.partition(":")
     folder = Path(os.path.expanduser(given))
@@ -540,10 +699,21 @@ def _folder(name: str) -> Dataset:
             shuffled = sorted(files, key=lambda path: hashlib.sha256(os.fsencode(path.relative_to(folder))).digest())
             test[label] = sorted(shuffled[: max(1, round(len(files) / 5))])
             train[label] = sorted(set(files) - set(test[label]))
+    if kind == "signs" and len(train) < 2:
+        raise UserError(f"{folder}: holds one class folder, {_some(train)}; expected at least two: there is nothing to tell apart")
     paths = [path for split in (train, test) for files in split.values() for path in files]
     labels = torch.tensor([i for split in (train, test) for i, files in enumerate(split.values()) for _ in files])
     shape = FOLDER_SHAPES[kind]
-    pixels = _decode(paths, partial(_square, shape=shape), shape)
+    try:
+        pixels = _decode(paths, partial(_as_it_is if kind == "signs" else _square, shape=shape), shape)
+    except UserError:  # of the first image that will not do; where that is for their sizes, a few of them tell more
+        others = _other_sizes(paths, folder, shape) if kind == "signs" else []
+        if not others:
+            raise
+        raise UserError(
+            f"{folder}: {', '.join(others[:3])}{' …' if len(others) > 3 else ''}; expected every image to be {shape[2]}×{shape[1]}, "
+            f"as signs: takes them as they are. Bring them to that size, or use folder_colour:{given}, which cuts and resizes"
+        ) from None
     n, images = sum(map(len, train.values())), torch.from_numpy(pixels)
     digest = _digest([hashlib.sha256(pixels.ravel()).hexdigest(), f"{n}/", *(f"{c}/" for c in train), *map(str, labels.tolist())])
     name = f"{kind}:{Path(os.path.abspath(folder)).name}"  # never the whole path, which would go into results
@@ -592,6 +762,24 @@ def _square(image: Image.Image, shape: tuple[int, int, int]) -> Image.Image:
     return image.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
 
 
+def _as_it_is(image: Image.Image, shape: tuple[int, int, int]) -> Image.Image:
+    if image.size != (shape[2], shape[1]):
+        raise ValueError(f"{image.width}×{image.height} pixels, expected {shape[2]}×{shape[1]}")
+    return _square(image, shape)  # which has nothing to cut, and PIL copies where the size stays
+
+
+def _other_sizes(paths: list[Path], folder: Path, shape: tuple[int, int, int]) -> list[str]:
+    """The first four images that are not of shape (C, H, W), in the order of names, each with its size."""
+    others: list[str] = []
+    for path in sorted(paths):
+        with suppress(Exception), Image.open(path, formats=IMAGE_FORMATS) as image:  # what cannot be read is `_decode`'s to name
+            if image.size != (shape[2], shape[1]):
+                others.append(f"{path.relative_to(folder)} is {image.width}×{image.height}")
+        if len(others) == 4:
+            break
+    return others
+
+
 # ------------------------------------------------------------------------------------------------ what several of them need
 
 
@@ -626,10 +814,46 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _provide(name: str, root: Path, inside: str, files: list[str], fetch: Callable[[Path, list[str]], Iterable[str]]) -> None:
+def _provide_archive(name: str, root: Path, cls: type, files: list[str]) -> Path:
+    """The folder of a set that torchvision's class `cls` has as one .tar.gz. What is missing of `files` is unpacked, and nothing else.
+
+    The archive may lie in the folder or, where torchvision puts it, beside it; otherwise it is downloaded.
+    """
+    from torchvision.datasets.utils import check_integrity, download_url
+
+    folder = root / cls.base_folder
+
+    def fetch(part: Path, missing: list[str]) -> Iterator[str]:
+        archive = next((place / cls.filename for place in (folder, root) if (place / cls.filename).is_file()), None)
+        if archive is None:
+            archive = part / cls.filename
+            download_url(cls.url, part, cls.filename, cls.tgz_md5)
+        elif not check_integrity(archive, cls.tgz_md5):
+            raise RuntimeError(f"the {cls.filename} there is not the official one: its MD5 is not {cls.tgz_md5[:12]}…")
+        wanted = {Path(cls.base_folder, file): part / cls.base_folder / file for file in missing}
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:  # never extracted by the path that it names: that may lead anywhere
+                target = wanted.pop(Path(member.name), None) if member.isreg() else None
+                if target:
+                    with tar.extractfile(member) as source, open(target, "wb") as out:
+                        shutil.copyfileobj(source, out)
+                if not wanted:
+                    break
+        if wanted:
+            raise RuntimeError(f"{cls.filename} does not hold {_some(map(str, wanted))}")
+        yield from missing
+
+    _provide(name, root, cls.base_folder, files, fetch, cls.filename)
+    return folder
+
+
+def _provide(
+    name: str, root: Path, inside: str, files: list[str], fetch: Callable[[Path, list[str]], Iterable[str]], archive: str | None = None
+) -> None:
     """Download those of `files` that are not in root/inside, into a folder beside, then move them: a kill leaves nothing half-written.
 
-    fetch(part, missing): puts the missing files in part/inside and yields each one's name once it is whole.
+    fetch(part, missing): puts the missing files in part/inside and yields each one's name once it is whole.  archive: one that will do
+    instead of the files.
     """
     folder = root / inside
 
@@ -639,7 +863,8 @@ def _provide(name: str, root: Path, inside: str, files: list[str], fetch: Callab
     if not missing():
         return
     way_out = (
-        f"Put {', '.join(files)} in {folder}, or name the folder that holds {inside} with --data (DATA= for make). "
+        f"Put {', '.join(files)}{f' (or {archive})' if archive else ''} in {folder}, "
+        f"or name the folder that holds {inside} with --data (DATA= for make). "
         "The digits experiment needs no data"
     )
     timeout = socket.getdefaulttimeout()

@@ -4,11 +4,14 @@ import gzip
 import hashlib
 import io
 import os
+import pickle
 import shutil
 import struct
 import sys
+import tarfile
 import threading
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 from urllib.error import URLError
@@ -18,7 +21,7 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image
-from torchvision.datasets import SVHN, CelebA
+from torchvision.datasets import CIFAR10, STL10, SVHN, CelebA
 
 from common import data
 from common.data import choose_labels, load, official_digest
@@ -193,7 +196,7 @@ def test_archives_that_a_person_brought_are_unpacked(data_root, tmp_path, monkey
 def test_unknown_data_set():
     with pytest.raises(UserError, match="unknown data set 'minst'; known: digits, mnist") as error:
         load("minst", "")
-    for name in (*data.OFFICIAL_COUNTS, "folder:<path>", "folder_colour:<path>"):
+    for name in (*data.OFFICIAL_COUNTS, "folder:<path>", "folder_colour:<path>", "signs:<path>"):
         assert f" {name}" in str(error.value)
 
 
@@ -202,14 +205,18 @@ def test_official_counts_and_digests(data_root):
         if name == "digits" or (data_root / data.FOLDER[name]).exists():
             found = load(name, data_root)
             assert data.OFFICIAL_COUNTS[name] == (len(found.train_images), len(found.test_images))
-    # As the papers and the data sets' pages count them.
+
+
+def test_official_counts_are_those_of_the_papers_and_the_data_sets_pages():
     assert data.OFFICIAL_COUNTS["svhn_extra"][0] - data.OFFICIAL_COUNTS["svhn"][0] == 531_131
     assert data.OFFICIAL_COUNTS["celeba"][0] - data.OFFICIAL_COUNTS["celeba_train"][0] == 19_867
     assert sum(data.OFFICIAL_COUNTS["celeba"]) == 202_599
-    unknown_beforehand = ("celeba", "celeba_train", "folder:x")
-    assert [official_digest(name) for name in unknown_beforehand] == [None] * 3
+    assert data.OFFICIAL_COUNTS["cifar10"] == (5 * 10_000, 10_000)  # five batches and one
+    assert data.OFFICIAL_COUNTS["stl10"] == (10 * 500, 10 * 800)  # of each class
+    unknown_beforehand = ("celeba", "celeba_train", "folder:x", "signs:x")
+    assert [official_digest(name) for name in unknown_beforehand] == [None] * 4
     digests = {official_digest(name) for name in data.OFFICIAL_COUNTS if name not in unknown_beforehand}
-    assert len(digests) == 5 and all(len(digest) == 16 for digest in digests)
+    assert len(digests) == 7 and all(len(digest) == 16 for digest in digests)
 
 
 # ------------------------------------------------------------------------------------------------------------------ SVHN
@@ -697,6 +704,491 @@ def test_twenty_images_of_the_real_celeba(data_root, celeba):
     assert found.train_labels[:3].tolist() == [1, 1, 2]
 
 
+# --------------------------------------------------------------------------------------------------- CIFAR-10 and STL-10
+
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+
+
+def python2(thing: object) -> bytes:
+    """A pickle as Python 2's cPickle wrote CIFAR's, opcode by opcode: protocol 2, text as bytes, numpy by its old name."""
+    puts = 0
+
+    def put(code: bytes) -> bytes:
+        nonlocal puts
+        puts += 1
+        return code + (b"q" + bytes([puts]) if puts < 256 else b"r" + struct.pack("<I", puts))
+
+    def text(content: bytes) -> bytes:
+        return put(b"U" + bytes([len(content)]) + content if len(content) < 256 else b"T" + struct.pack("<i", len(content)) + content)
+
+    def write(thing: object) -> bytes:
+        if isinstance(thing, dict):
+            return put(b"}") + b"(" + b"".join(write(key) + write(value) for key, value in thing.items()) + b"u"
+        if isinstance(thing, list):
+            return put(b"]") + b"(" + b"".join(map(write, thing)) + b"e"
+        if isinstance(thing, str | bytes):
+            return text(thing.encode() if isinstance(thing, str) else thing)
+        if isinstance(thing, int):
+            for code, letter, limit in ((b"K", "B", 2**8), (b"M", "H", 2**16), (b"J", "i", 2**31)):
+                if 0 <= thing < limit or letter == "i":
+                    return code + struct.pack(f"<{letter}", thing)
+        assert isinstance(thing, np.ndarray)
+        out = put(b"cnumpy.core.multiarray\n_reconstruct\n") + put(b"cnumpy\nndarray\n") + put(b"K\0\x85") + text(b"b")
+        out += put(b"\x87") + put(b"R") + b"(K\x01" + b"".join(map(write, thing.shape)) + put(b"\x86" if thing.ndim == 2 else b"\x85")
+        out += put(b"cnumpy\ndtype\n") + text(thing.dtype.str[1:].encode()) + put(b"K\0K\x01\x87") + put(b"R") + b"(K\x03"
+        out += text(thing.dtype.str[:1].encode()) + b"NNN" + 2 * b"J\xff\xff\xff\xff" + put(b"K\0t") + b"b\x89"
+        return out + text(thing.tobytes()) + put(b"t") + b"b"
+
+    return b"\x80\x02" + write(thing) + b"."
+
+
+def cifar_batch(n: int, seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    return {
+        "batch_label": f"training batch {seed} of 5",
+        "labels": rng.integers(0, 10, n).tolist(),
+        "data": rng.integers(0, 256, (n, 3072), dtype=np.uint8),
+        "filenames": [f"leptodactylus_pentadactylus_s_{i:06d}.png" for i in range(n)],
+    }
+
+
+def write_cifar(folder: Path) -> dict[str, dict]:
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = {file: cifar_batch(n, n) for n, file in enumerate(BATCHES, start=2)}
+    for file, batch in batches.items():
+        (folder / file).write_bytes(python2(batch))
+    meta = {"num_cases_per_batch": 10000, "label_names": CIFAR10_CLASSES, "num_vis": 3072}
+    (folder / "batches.meta").write_bytes(python2(meta))
+    return batches
+
+
+def make_cifar_official(folder: Path, monkeypatch) -> None:
+    md5 = [[file, hashlib.md5((folder / file).read_bytes()).hexdigest()] for file in BATCHES]
+    monkeypatch.setattr(CIFAR10, "train_list", md5[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", md5[5:])
+
+
+@pytest.fixture
+def cifar(tmp_path) -> Path:
+    """A data folder with a small CIFAR-10."""
+    write_cifar(tmp_path / "data/cifar-10-batches-py")
+    return tmp_path / "data"
+
+
+def test_cifar10_is_read_pixel_by_pixel(tmp_path, monkeypatch):
+    batches, folder = write_cifar(tmp_path / "cifar-10-batches-py"), tmp_path / "cifar-10-batches-py"
+    make_cifar_official(folder, monkeypatch)
+    # the publisher's own file, byte for byte: so the rest is in its format as well
+    assert hashlib.md5((folder / "batches.meta").read_bytes()).hexdigest() == "5ff9c542aee3614f3951f8cda6e48888" == CIFAR10.meta["md5"]
+    found = load("cifar10", tmp_path)
+    assert found.official and found.name == "cifar10" and found.digest == official_digest("cifar10")
+    assert found.class_names == tuple(CIFAR10_CLASSES) and len(found.train_images) == 2 + 3 + 4 + 5 + 6 and len(found.test_images) == 7
+    for images, labels, files in (
+        (found.train_images, found.train_labels, BATCHES[:5]),
+        (found.test_images, found.test_labels, BATCHES[5:]),
+    ):
+        assert images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.is_contiguous()
+        rows = [row for file in files for row in batches[file]["data"]]
+        assert labels.tolist() == [label for file in files for label in batches[file]["labels"]]
+        for image, row in zip(images, rows, strict=True):
+            assert image.shape == (3, 32, 32)
+            for channel in range(3):  # red, then green, then blue, each row by row
+                for y in (0, 1, 17, 31):
+                    begin = 1024 * channel + 32 * y
+                    assert image[channel, y].tolist() == row[begin : begin + 32].tolist()
+        other = CIFAR10(tmp_path, train=files != BATCHES[5:])
+        np.testing.assert_array_equal(other.data.transpose(0, 3, 1, 2), images.numpy())
+        assert other.targets == labels.tolist() and other.classes == list(found.class_names)
+
+
+def test_unofficial_cifar10_is_refused_unless_asked_for(cifar, monkeypatch):
+    with pytest.raises(UserError, match=r"data_batch_1: not the official file \(MD5 .*expected c99cafc15224.*--unofficial-data"):
+        load("cifar10", cifar)
+    found = load("cifar10", cifar, unofficial=True)
+    assert not found.official and found.digest != official_digest("cifar10") and len(found.test_images) == 7
+    make_cifar_official(cifar / "cifar-10-batches-py", monkeypatch)
+    for file in (*BATCHES, "batches.meta"):
+        path = cifar / "cifar-10-batches-py" / file
+        content = path.read_bytes()
+        path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+        with pytest.raises(UserError, match=f"{file}: not the official file"):
+            load("cifar10", cifar)
+        path.write_bytes(content)
+    assert load("cifar10", cifar).official
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_a_cifar10_that_python_3_wrote(cifar, protocol):
+    """As a person makes a subset: numpy by its new name, bytes by another way."""
+    before = load("cifar10", cifar, unofficial=True)
+    for n, file in enumerate(BATCHES, start=2):
+        (cifar / "cifar-10-batches-py" / file).write_bytes(pickle.dumps(cifar_batch(n, n), protocol))
+    found = load("cifar10", cifar, unofficial=True)
+    assert torch.equal(found.train_images, before.train_images) and torch.equal(found.test_labels, before.test_labels)
+    assert found.digest != before.digest
+
+
+CIFAR_MISTAKES = {
+    "no data": (lambda b: {"labels": b["labels"]}, "has no data, but 'labels'; expected CIFAR-10's data and labels"),
+    "CIFAR-100": (lambda b: {"data": b["data"], "fine_labels": b["labels"]}, "has no labels, but 'data', 'fine_labels'"),
+    "an empty dict": (lambda b: {}, "has no data and no labels, but nothing"),
+    "a list": (lambda b: [1], "holds a list, expected a dict with data and labels"),
+    "images as they are shown": (lambda b: {**b, "data": b["data"].reshape(-1)}, "data is 21504, expected an array N×3072 of uint8"),
+    "other images": (lambda b: {**b, "data": b["data"][:, :784]}, "data is 7×784, expected an array N×3072"),
+    "no images": (lambda b: {**b, "data": b["data"][:0], "labels": []}, "data is 0×3072, expected"),
+    "floats": (lambda b: {**b, "data": b["data"].astype(np.float32)}, "it holds an array of 'f4', expected uint8"),
+    "objects": (lambda b: {**b, "data": b["data"].astype("V1")}, "it holds an array of 'V1', expected uint8"),
+    "text": (lambda b: {**b, "data": b["data"].tobytes()}, "data is a str, expected an array"),
+    "a label less": (lambda b: {**b, "labels": b["labels"][:-1]}, "test_batch: 6 labels, expected a list of 7: one for each image"),
+    "labels as an array": (lambda b: {**b, "labels": np.zeros(7, np.uint8)}, "labels is a ndarray, expected a list of 7"),
+    "label 10": (lambda b: {**b, "labels": [1, 2, 10, 3, 10, 4, 5]}, "the label of image 2 is none of the integers 0 … 9"),
+    "label -1": (lambda b: {**b, "labels": [-1] * 7}, "the label of image 0 is none of the integers"),
+    "a label of text": (lambda b: {**b, "labels": [1] * 6 + ["cat"]}, "the label of image 6 is none of the integers"),
+}
+
+
+@pytest.mark.parametrize("mistake", CIFAR_MISTAKES)
+def test_cifar10_batches_that_hold_something_else(cifar, mistake):
+    change, message = CIFAR_MISTAKES[mistake]
+    (cifar / "cifar-10-batches-py/test_batch").write_bytes(python2(change(cifar_batch(7, 7))))
+    with pytest.raises(UserError) as error:
+        load("cifar10", cifar, unofficial=True)
+    assert message in str(error.value) and "test_batch: " in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("names", [CIFAR10_CLASSES[:9], CIFAR10_CLASSES[:9] + ["cat"], list(range(10)), [["cat"]] * 10, "airplane", 3])
+def test_names_of_cifar10s_classes_that_are_wrong(cifar, names):
+    (cifar / "cifar-10-batches-py/batches.meta").write_bytes(python2({"label_names": names}))
+    with pytest.raises(UserError, match="batches.meta: label_names is not a list of ten different names"):
+        load("cifar10", cifar, unofficial=True)
+
+
+def test_damaged_cifar10_files(cifar):
+    path = cifar / "cifar-10-batches-py/data_batch_3"
+    whole = path.read_bytes()
+    cuts = [whole[:n] for n in (1, 2, 3, 20, 60, 150, 200, 5000, len(whole) // 2, len(whole) - 1)]
+    other = [b"", b"\x89PNG" + whole[4:], b"<html>quota exceeded</html>" * 20, bytes(5000), b"\x80\x63" + whole[2:], gzip.compress(whole)]
+    for content in (*cuts, *other):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="data_batch_3: not a readable pickle of CIFAR-10: .*Delete it") as error:
+            load("cifar10", cifar, unofficial=True)
+        assert "\n" not in str(error.value)
+    # wherever a bit flips: read all the same, or one line that names the file
+    refused = 0
+    for i in [*range(200), *range(len(whole) - 100, len(whole))]:
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ (1 << i % 8)]) + whole[i + 1 :])
+        try:
+            data._read_batches([path])
+        except UserError as error:
+            assert "data_batch_3: " in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 60
+    # nor does a number that went wrong take the memory that it names: here the place of a memo
+    path.write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**22) + whole[5:])
+    tracemalloc.start()
+    data._read_batches([path])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="data_batch_3: cannot be read"):
+        load("cifar10", cifar, unofficial=True)
+
+
+class Evil:
+    """Its pickle calls a function when it is read."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("file", ["data_batch_1", "test_batch", "batches.meta"])
+def test_a_pickle_that_would_run_a_program_is_refused(cifar, tmp_path, file, protocol):
+    ran = tmp_path / "ran"
+    for function, *arguments in (
+        (os.system, f"touch {ran}"),
+        (eval, f"open({str(ran)!r}, 'w')"),
+        (getattr, Path, "touch"),
+        (np.load, str(ran), None, True),
+        (pickle.loads, pickle.dumps(Evil(os.system, f"touch {ran}"))),
+    ):
+        content = {"data": Evil(function, *arguments), "labels": [], "label_names": CIFAR10_CLASSES}
+        (cifar / "cifar-10-batches-py" / file).write_bytes(pickle.dumps(content, protocol))
+        with pytest.raises(UserError, match=f"{file}: not a readable pickle of CIFAR-10: .*it asks for '.*was not run") as error:
+            load("cifar10", cifar, unofficial=True)
+        assert f".{function.__name__}'" in str(error.value) and not ran.exists() and "\n" not in str(error.value)
+    pickle.loads(pickle.dumps(Evil(os.system, f"touch {ran}")))
+    assert ran.exists()  # so the pickle was one that works
+
+
+def test_a_pickle_cannot_shape_numpys_types(cifar):
+    """A dtype whose field lies outside of its item: numpy itself would read there, and crash."""
+    path = cifar / "cifar-10-batches-py/test_batch"
+    dtype = b"cnumpy\ndtype\n(U\x02%sK\0K\x01tR"
+    field = b"}U\x01a" + dtype % b"O8" + b"J\0\0\0\x40\x86s"
+    path.write_bytes(b"\x80\x02}U\x04data" + dtype % b"V8" + b"(K\x03U\x01|NU\x01a\x85" + field + b"K\x08K\x01K\0tbs.")
+    assert pickle.loads(path.read_bytes())["data"].fields["a"][1] == 2**30
+    with pytest.raises(UserError, match="test_batch: .*it holds an array of 'V8', expected uint8"):
+        load("cifar10", cifar, unofficial=True)
+    # and the one that is allowed stays what it is, whatever state it is given
+    batch = python2(cifar_batch(7, 7))
+    assert batch.count(b"(K\x03U\x01|") == 1
+    path.write_bytes(batch.replace(b"(K\x03U\x01|", b"(K\x03U\x01>").replace(b"J\xff\xff\xff\xff", b"J\4\0\0\0"))
+    assert load("cifar10", cifar, unofficial=True).test_images.shape == (7, 3, 32, 32) and np.dtype("uint8").itemsize == 1
+
+
+def stl_arrays(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, 3, 96, 96), row by row, and labels, 1 … 10."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (n, 3, 96, 96), dtype=np.uint8), rng.integers(1, 11, n).astype(np.uint8)
+
+
+def write_stl(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """As the publisher's page has it: red, green, blue, each of them column by column."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {"train": stl_arrays(4, 0), "test": stl_arrays(3, 1)}
+    for split, (images, labels) in arrays.items():
+        columns = (image[channel, :, x].tobytes() for image in images for channel in range(3) for x in range(96))
+        (folder / f"{split}_X.bin").write_bytes(b"".join(columns))
+        (folder / f"{split}_y.bin").write_bytes(labels.tobytes())
+    (folder / "class_names.txt").write_text("airplane\nbird\ncar\ncat\ndeer\ndog\nhorse\nmonkey\nship\ntruck\n")
+    return arrays
+
+
+def make_stl_official(folder: Path, monkeypatch) -> None:
+    for split in ("train", "test"):  # without unlabeled_X.bin, which torchvision's class demands as well
+        md5 = [[file, hashlib.md5((folder / file).read_bytes()).hexdigest()] for file in (f"{split}_X.bin", f"{split}_y.bin")]
+        monkeypatch.setattr(STL10, f"{split}_list", md5)
+
+
+@pytest.fixture
+def stl(tmp_path) -> Path:
+    write_stl(tmp_path / "data/stl10_binary")
+    return tmp_path / "data"
+
+
+def test_stl10_is_read_pixel_by_pixel(tmp_path, monkeypatch):
+    arrays = write_stl(tmp_path / "stl10_binary")
+    make_stl_official(tmp_path / "stl10_binary", monkeypatch)
+    found = load("stl10", tmp_path)
+    assert found.official and found.name == "stl10" and found.digest == official_digest("stl10")
+    assert found.class_names[0] == "airplane" and found.class_names[7] == "monkey" and found.n_classes == 10
+    for images, labels, split in (
+        (found.train_images, found.train_labels, "train"),
+        (found.test_images, found.test_labels, "test"),
+    ):
+        assert images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.is_contiguous()
+        np.testing.assert_array_equal(images.numpy(), arrays[split][0])
+        assert labels.tolist() == [int(label) - 1 for label in arrays[split][1]]
+        raw = (tmp_path / f"stl10_binary/{split}_X.bin").read_bytes()
+        assert images[1, 2, 5, 90] == raw[27648 + 2 * 9216 + 90 * 96 + 5]  # image 1, blue, column 90, row 5
+        other = STL10(tmp_path, split)
+        np.testing.assert_array_equal(other.data, images.numpy())
+        assert other.labels.tolist() == labels.tolist() and other.classes == list(found.class_names)
+
+
+def test_unofficial_stl10_is_refused_unless_asked_for(stl, monkeypatch):
+    folder = stl / "stl10_binary"
+    with pytest.raises(UserError, match=r"train_X.bin: not the official file \(MD5 .*expected 918c2871b30a.*--unofficial-data"):
+        load("stl10", stl)
+    assert official_digest("stl10") != load("stl10", stl, unofficial=True).digest
+    make_stl_official(folder, monkeypatch)
+    first = load("stl10", stl)
+    for file in ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin"):
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(bytes([content[0] % 10 + 1]) + content[1:])
+        with pytest.raises(UserError, match=f"{file}: not the official file"):
+            load("stl10", stl)
+        assert not load("stl10", stl, unofficial=True).official
+        (folder / file).write_bytes(content)
+    # the names have no official digest, but are known
+    (folder / "class_names.txt").write_text("\n".join(reversed(first.class_names)))
+    with pytest.raises(UserError, match="class_names.txt: not the official names .truck, ship, monkey …; expected airplane, .*Delete it"):
+        load("stl10", stl)
+    other = load("stl10", stl, unofficial=True)
+    assert not other.official and other.digest != first.digest and other.class_names == first.class_names[::-1]
+    (folder / "class_names.txt").write_bytes("\r\n".join(first.class_names).encode())
+    assert load("stl10", stl).digest == first.digest and load("stl10", stl).official
+
+
+STL_MISTAKES = {
+    "an empty file": ("train_X.bin", lambda b: b"", "0 bytes, expected a multiple of 27,648: 3×96×96 an image. Delete it"),
+    "cut": ("test_X.bin", lambda b: b[:-1], "82,943 bytes, expected a multiple of 27,648"),
+    "a byte more": ("train_X.bin", lambda b: b + b"\0", "110,593 bytes, expected a multiple"),
+    "a page": ("train_X.bin", lambda b: b"<html>quota exceeded</html>", "27 bytes, expected a multiple"),
+    "an image less": ("train_X.bin", lambda b: b[27648:], "train_y.bin: 4 labels, expected 3: a byte for each image of train_X.bin"),
+    "a label less": ("test_y.bin", lambda b: b[1:], "2 labels, expected 3: a byte for each image of test_X.bin"),
+    "no labels": ("train_y.bin", lambda b: b"", "0 labels, expected 4"),
+    "labels from 0": ("train_y.bin", lambda b: b"\5\0\1\2", "a label is 0, expected 1 … 10"),
+    "label 11": ("test_y.bin", lambda b: b"\1\2\x0b", "a label is 11, expected 1 … 10"),
+    "nine names": ("class_names.txt", lambda b: b[b.index(b"\n") :], "has 9 names in 9 lines, expected ten different ones"),
+    "a name twice": ("class_names.txt", lambda b: b.replace(b"ship", b"bird"), "has 9 names in 10 lines, expected ten different ones"),
+    "no names": ("class_names.txt", lambda b: b"", "has 0 names in 0 lines"),
+    "no text": ("class_names.txt", lambda b: bytes(range(256)), "class_names.txt: has "),
+}
+
+
+@pytest.mark.parametrize("mistake", STL_MISTAKES)
+def test_stl10_files_that_are_wrong(stl, mistake):
+    file, change, message = STL_MISTAKES[mistake]
+    path = stl / "stl10_binary" / file
+    path.write_bytes(change(path.read_bytes()))
+    for unofficial in (False, True):
+        with pytest.raises(UserError) as error:
+            load("stl10", stl, unofficial)
+        assert "\n" not in str(error.value) and str(stl / "stl10_binary") in str(error.value)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["train_y.bin", "class_names.txt"])
+def test_a_folder_in_the_place_of_a_file_of_stl10(stl, file):
+    (stl / "stl10_binary" / file).unlink()
+    (stl / "stl10_binary" / file).mkdir()
+    with pytest.raises(UserError, match=f"{file}: cannot be read"):
+        load("stl10", stl, unofficial=True)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "stl10"])
+def test_the_real_cifar10_and_stl10(data_root, name):
+    cls = {"cifar10": CIFAR10, "stl10": STL10}[name]
+    if not (data_root / cls.base_folder).exists():
+        pytest.skip(f"{name} is not in {data_root}")
+    found = load(name, data_root)
+    assert found.official and found.digest == official_digest(name)
+    assert (len(found.train_images), len(found.test_images)) == data.OFFICIAL_COUNTS[name]
+    per_class = {"cifar10": (5000, 1000), "stl10": (500, 800)}[name]
+    assert found.train_labels.bincount().tolist() == [per_class[0]] * 10 and found.test_labels.bincount().tolist() == [per_class[1]] * 10
+
+
+@pytest.fixture(params=["cifar10", "stl10"])
+def packed(request, tmp_path, monkeypatch) -> tuple[str, type, Path]:
+    """A set's name, torchvision's class and an archive as the publisher's: a folder with all files, and some that we do not read."""
+    name, cls, write, make_official = {
+        "cifar10": ("cifar10", CIFAR10, write_cifar, make_cifar_official),
+        "stl10": ("stl10", STL10, write_stl, make_stl_official),
+    }[request.param]
+    folder = tmp_path / "server" / cls.base_folder
+    write(folder)
+    make_official(folder, monkeypatch)
+    for file in ("readme.html", "unlabeled_X.bin"):
+        (folder / file).write_bytes(bytes(1000))
+    archive = tmp_path / "server" / cls.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, cls.base_folder)
+    make_archive_official(cls, archive, monkeypatch)
+    return name, cls, archive
+
+
+def make_archive_official(cls: type, archive: Path, monkeypatch) -> None:
+    monkeypatch.setattr(cls, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+
+
+def test_missing_cifar10_and_stl10_without_network_say_where_to_put_which_files(packed, tmp_path, no_network):
+    name, cls, _ = packed
+    with pytest.raises(UserError) as error:
+        load(name, tmp_path)
+    message = str(error.value)
+    files = {"cifar10": [*BATCHES, "batches.meta"], "stl10": ["train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin", "class_names.txt"]}
+    where = f"Put {', '.join(files[name])} (or {cls.filename}) in {tmp_path / cls.base_folder}, or name the folder that holds"
+    for said in (f"{name}: no data in", where, "--data", "digits", "network is unreachable"):
+        assert said in message
+    assert "\n" not in message and "unlabeled" not in message
+    assert [path.name for path in (tmp_path / cls.base_folder).iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_archives_of_cifar10_and_stl10_that_a_person_brought_are_unpacked(packed, tmp_path, no_network, monkeypatch, inside):
+    name, cls, archive = packed
+    root = tmp_path / "root"
+    folder = root / cls.base_folder
+    folder.mkdir(parents=True)
+    brought = (folder if inside else root) / cls.filename
+    shutil.copy(archive, brought)
+    monkeypatch.setattr(cls, "tgz_md5", "0" * 32)
+    for unofficial in (False, True):
+        with pytest.raises(UserError, match=f"the {cls.filename} there is not the official one: its MD5 is not 000000000000…") as error:
+            load(name, root, unofficial)
+        assert "\n" not in str(error.value) and not [path for path in folder.iterdir() if path.name not in (".lock", brought.name)]
+    make_archive_official(cls, archive, monkeypatch)
+    first = load(name, root)
+    assert first.official
+    assert not {path.name for path in folder.iterdir()} & {"readme.html", "unlabeled_X.bin"} and not list(folder.glob(".download*"))
+    # one file that went missing comes back, and the others stay as they are
+    test_file = folder / ("test_batch" if name == "cifar10" else "test_X.bin")
+    others = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path not in (test_file, folder / ".lock")}
+    test_file.unlink()
+    assert load(name, root).digest == first.digest
+    assert all((folder / file).stat().st_mtime_ns == time for file, time in others.items())
+    brought.unlink()
+    assert load(name, root).digest == first.digest
+
+
+def test_an_archive_writes_nothing_outside_of_its_folder(packed, tmp_path, no_network, monkeypatch):
+    name, cls, archive = packed
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    folder = archive.parent / cls.base_folder
+    file = "test_batch" if name == "cifar10" else "test_X.bin"
+
+    def pack(*odd: tarfile.TarInfo, without: str = "") -> None:
+        with tarfile.open(archive, "w:gz") as tar:
+            for member in odd:
+                tar.addfile(member, io.BytesIO(b"overwritten") if member.isreg() else None)
+            for path in sorted(folder.iterdir()):
+                if path.name != without:
+                    tar.add(path, f"./{cls.base_folder}/{path.name}")
+        make_archive_official(cls, archive, monkeypatch)
+        shutil.rmtree(tmp_path / "a/root", ignore_errors=True)
+        (tmp_path / "a/root").mkdir(parents=True)
+        shutil.copy(archive, tmp_path / "a/root")
+
+    odd = [tarfile.TarInfo(path) for path in (str(victim), "../../victim", f"{cls.base_folder}/../../../../victim", "../evil", "evil")]
+    for member in odd:
+        member.size = len(b"overwritten")
+    link = tarfile.TarInfo(f"{cls.base_folder}/{file}")
+    link.type, link.linkname = tarfile.SYMTYPE, str(victim)
+    pack(*odd)
+    assert load(name, tmp_path / "a/root").official
+    pack(link)  # a link first, the file then: the file it is
+    assert load(name, tmp_path / "a/root").official and not (tmp_path / "a/root" / cls.base_folder / file).is_symlink()
+    pack(link, without=file)
+    with pytest.raises(UserError, match=f"{cls.filename} does not hold {cls.base_folder}/{file}"):
+        load(name, tmp_path / "a/root")
+    assert victim.read_text() == "untouched" and sorted(path.name for path in tmp_path.iterdir()) == ["a", "server", "victim"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["root"] and not list((tmp_path / "a").rglob("evil"))
+
+
+def test_cifar10_and_stl10_are_downloaded_whole_or_not_at_all(packed, tmp_path, monkeypatch):
+    name, cls, archive = packed
+    asked, dies_at = [], 20_000
+
+    def urlopen(request, *a, **k):
+        asked.append(request.full_url)
+        return Answer(request.full_url, archive.read_bytes(), dies_at)
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    root = tmp_path / "root"
+    with pytest.raises(UserError, match="reset by peer") as error:
+        load(name, root)
+    assert "\n" not in str(error.value) and [path.name for path in (root / cls.base_folder).iterdir()] == [".lock"]
+    dies_at = None
+    assert load(name, root).official and asked[-1] == cls.url
+    assert not list(root.rglob("*.tar.gz")) and not list(root.rglob("unlabeled*"))
+    asked.clear()
+    assert load(name, root).official and not asked
+    # what comes in its place, a page for instance, is found by its MD5
+    archive.write_text("<html>moved</html>")
+    shutil.rmtree(root)
+    with pytest.raises(UserError, match="could not be downloaded .File not found or corrupted"):
+        load(name, root)
+
+
 # ---------------------------------------------------------------------------------------------------- a person's own images
 
 
@@ -849,6 +1341,85 @@ def test_links_within_class_folders_do_not_hang(tmp_path):
     found = load(f"folder:{tmp_path}/data", "")
     counts = found.train_labels.bincount() + found.test_labels.bincount()
     assert found.class_names == ("a", "b", "c") and counts.tolist() == [4, 4, 5]
+
+
+# ------------------------------------------------------------------------------------------------------------------ signs
+
+
+def test_signs_are_taken_as_they_are(tmp_path):
+    for i, label in enumerate(["stop", "yield", "right of way"]):
+        write_images(tmp_path / "signs" / label, 10, (40, 40), first=10 * i)
+    write_images(tmp_path / "signs/stop/more", 2, (40, 40), "ppm", first=50)  # the format of the German signs
+    found = load(f"signs:{tmp_path}/signs", "/nowhere")
+    other = load(f"folder_colour:{tmp_path}/signs", "/nowhere")
+    assert found.class_names == other.class_names == ("right of way", "stop", "yield") and found.name == "signs:signs"
+    assert found.train_images.shape == (26, 3, 40, 40) and found.test_images.shape == (6, 3, 40, 40) and not found.official
+    assert found.train_images.dtype == torch.uint8 and found.train_labels.dtype == torch.int64
+    assert torch.equal(found.train_labels, other.train_labels) and torch.equal(found.test_labels, other.test_labels)
+    # the same split, by the names alone, and every pixel as it was written
+    for c, label in enumerate(found.class_names):
+        paths = sorted(p for p in (tmp_path / "signs" / label).rglob("*.*"))
+        by_hash = sorted(paths, key=lambda p: hashlib.sha256(str(p.relative_to(tmp_path / "signs")).encode()).hexdigest())
+        drawn = by_hash[: round(len(paths) / 5)]
+        for images, labels, expected in (
+            (found.train_images, found.train_labels, [p for p in paths if p not in drawn]),
+            (found.test_images, found.test_labels, sorted(drawn)),
+        ):
+            for image, path in zip(images[labels == c], expected, strict=True):
+                pixels = np.random.default_rng(int(path.stem)).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), pixels)
+
+
+def test_signs_that_are_split_already(tmp_path):
+    for part, n in (("train", 3), ("test", 1)):
+        for label in ("b", "a"):
+            write_images(tmp_path / part / label, n, (40, 40))
+    found = load(f"signs:{tmp_path}", "")
+    assert found.train_labels.tolist() == [0, 0, 0, 1, 1, 1] and found.test_labels.tolist() == [0, 1]
+
+
+def sign(folder: Path, file: str, size: tuple[int, int] = (40, 40), mode: str = "RGB") -> str:
+    (folder / file).parent.mkdir(exist_ok=True, parents=True)
+    Image.new(mode, size).save(folder / file)
+    return f"signs:{folder}"
+
+
+SIGNS_MISTAKES = {
+    "one of another size": (lambda f: sign(f, "b/x.png", (41, 40)), "b/x.png is 41×40; expected every image to be 40×40"),
+    "in a test folder": (
+        lambda f: [sign(f, f"{place}/x.png", (40, 1 if place == "test/b" else 40)) for place in "train/a train/b test/a test/b".split()][0],
+        "test/b/x.png is 40×1; expected",
+    ),
+    "mixed sizes": (
+        lambda f: [sign(f, f"b/{i}.png", (30 + i, 20)) for i in range(5)][0],
+        ": b/0.png is 30×20, b/1.png is 31×20, b/2.png is 32×20 …; expected every image to be 40×40",
+    ),
+    "none of this size": (
+        lambda f: [sign(f, f"{c}/00{i}.png", (32, 32)) for c in "ab" for i in range(4)][0],
+        ": a/000.png is 32×32, a/001.png is 32×32, a/002.png is 32×32 …; expected",
+    ),
+    "one class": (lambda f: (shutil.rmtree(f / "b"), f"signs:{f}")[1], "holds one class folder, a; expected at least two"),
+    "no class": (lambda f: f"signs:{f}/a", "a: holds no class folders; expected"),
+    "one image": (lambda f: sign(f, "c/x.png"), "c: holds 1 image, expected at least 2"),
+    "unreadable": (lambda f: ((f / "b/z.png").write_text("no image"), f"signs:{f}")[1], "b/z.png: not a usable image (cannot identify"),
+    "cut": (lambda f: (os.truncate(f / "b/002.png", 900), f"signs:{f}")[1], "b/002.png: not a usable image (image file is truncated"),
+    "a broken link": (lambda f: ((f / "b/z.png").symlink_to(f / "gone"), f"signs:{f}")[1], "z.png: not a usable image (No such file"),
+    "16 bits": (lambda f: sign(f, "b/z.png", mode="I;16"), "z.png: not a usable image (pixels of kind I;16, expected 8 bits per channel)"),
+    "nothing named": (lambda f: "signs:", "names no folder; expected signs:<path>"),
+    "not there": (lambda f: f"signs:{f}/nope", "nope is not there; expected a folder of class folders"),
+}
+
+
+@pytest.mark.parametrize("mistake", SIGNS_MISTAKES)
+def test_signs_that_are_wrong(tmp_path, mistake):
+    for label in ("a", "b"):
+        write_images(tmp_path / label, 4, (40, 40))
+    change, message = SIGNS_MISTAKES[mistake]
+    with pytest.raises(UserError) as error:
+        load(change(tmp_path), "")
+    assert message in str(error.value) and "\n" not in str(error.value)
+    if "×" in message:
+        assert f"or use folder_colour:{tmp_path}" in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------------------ label draws
