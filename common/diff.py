@@ -49,14 +49,26 @@ class Entry:
     trials: int | None
     needs: str
     also: tuple[str, ...] = ()  # experiments that are other readings of the same entry
+    show_best: bool = False  # the published number may be a best one: show our best seed too, which no verdict uses
+
+
+@dataclass(frozen=True)
+class Published:
+    """A paper's published.yaml."""
+
+    entries: list[Entry]
+    ours: list[dict]  # what we measure beside them
+    reference: list[dict]  # the reference runs we want
+    stand_ins: dict[str, str]  # the metric that ranks our systems where a column's own cannot be computed
+    claims: list[dict]  # what the paper says of its results, each as a comparison of metrics
 
 
 def papers() -> list[str]:
     return sorted(path.parent.name for path in ROOT.glob("*/published.yaml"))
 
 
-def published(paper: str) -> tuple[list[Entry], list[dict], list[dict], dict[str, str]]:
-    """A paper's published.yaml: entries, what we measure beside them, the reference runs we want, and each metric's stand-in."""
+def published(paper: str) -> Published:
+    """A paper's published.yaml. Raises UserError where it is not whole."""
     path = ROOT / paper / "published.yaml"
     content = run.read_yaml(path)
     try:
@@ -66,7 +78,8 @@ def published(paper: str) -> tuple[list[Entry], list[dict], list[dict], dict[str
     for entry in entries:
         if type(entry.value) not in (int, float) or entry.better not in ("lower", "higher", "equal"):
             raise UserError(f"{path}: {entry.id}: value must be a number and better one of lower, higher, equal")
-    return entries, content.get("ours", []), content.get("reference", []), content.get("stand_ins", {})
+    rest = {key: content.get(key, []) for key in ("ours", "reference", "claims")}
+    return Published(entries, **rest, stand_ins=content.get("stand_ins", {}))
 
 
 def read_records(path: Path) -> list[dict]:
@@ -156,6 +169,9 @@ class Sample:
         how = "" if self.precisions == ["fp32"] else f", {' and '.join(self.precisions)}"
         return f"{statistics.fmean(self.values):.4g}{spread} (n={len(self.values)}{how})"
 
+    def best(self, entry: Entry) -> float:
+        return (min if entry.better == "lower" else max)(self.values)
+
     def difference(self, entry: Entry) -> str:
         return f"{statistics.fmean(self.values) - entry.value:+.3g}" if self.values else "–"
 
@@ -182,22 +198,30 @@ def verdict(values: list[float], entry: Entry) -> str:
         return "match" if all(value == entry.value for value in values) else "differs"
     if n < 5:
         return "indicative"
-    from scipy.stats import t
-
     s = statistics.stdev(values)
     if entry.spread is None or not entry.trials or entry.trials < 2:
         low, high = prediction_interval(values)
         inside, shown = low <= entry.value <= high, f"95 % of seeds in [{low:.4g}, {high:.4g}]"
     else:
         theirs = entry.spread**2 if entry.spread_is == "se" else entry.spread**2 / entry.trials
-        mine = s**2 / n
-        # Welch-Satterthwaite; with no spread on either side the difference of the means is known exactly
-        freedom = (mine + theirs) ** 2 / (mine**2 / (n - 1) + theirs**2 / (entry.trials - 1)) if mine + theirs else 1
-        half = float(t.ppf(0.975, freedom)) * math.sqrt(mine + theirs)
-        low, high = mean - entry.value - half, mean - entry.value + half
+        low, high = welch_interval(mean - entry.value, s**2 / n, n, theirs, entry.trials)
         inside, shown = low <= 0 <= high, f"difference in [{low:.3g}, {high:.3g}]"
     word = "match" if inside else "better" if (mean < entry.value) == (entry.better == "lower") else "worse"
     return f"{word} ({shown})"
+
+
+def welch_interval(difference: float, first: float, n_first: int, second: float, n_second: int) -> tuple[float, float]:
+    """The 95 % interval of a difference of two means with squared standard errors `first` and `second`, over n ≥ 2 values each.
+
+    n_second = 1 with an error of 0 stands for a number that is known exactly.
+    """
+    from scipy.stats import t
+
+    # Welch-Satterthwaite; with no spread on either side the difference of the means is known exactly
+    spread = first**2 / (n_first - 1) + (second**2 / (n_second - 1) if n_second > 1 else 0.0)
+    freedom = (first + second) ** 2 / spread if spread else 1
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(first + second)
+    return difference - half, difference + half
 
 
 def prediction_interval(values: list[float]) -> tuple[float, float]:
@@ -217,7 +241,8 @@ def table(paper: str, mine: dict[str, list[dict]] | None, only: str | None = Non
 
     only: an experiment; the rows of its data set alone.
     """
-    entries, ours, *_ = published(paper)
+    said = published(paper)
+    entries, ours = said.entries, said.ours
     reference = references(paper)
     heads = ["where", "system", "experiment", "published", "reference", "difference"]
     rows = [heads + (["yours"] if mine is not None else []) + ["verdict"]]
@@ -234,7 +259,8 @@ def table(paper: str, mine: dict[str, list[dict]] | None, only: str | None = Non
                 rows.append([*row, "–", "–", *(["–"] if mine is not None else []), f"not run: to be written; needs {needs}"])
                 continue
             found = sample(reference.get(experiment, []), config, entry.metric)
-            row += [str(found), found.difference(entry)]
+            best = f"; best seed {found.best(entry):.4g}" if entry.show_best and len(found.values) > 1 else ""
+            row += [f"{found}{best}", found.difference(entry)]
             if mine is not None:
                 here = sample(mine.get(experiment, []), config, entry.metric)
                 row.append(f"{here}, {here.difference(entry)}: {verdict(here.values, entry)}" if here.values else str(here))
@@ -262,7 +288,8 @@ def rankings(paper: str, mine: dict[str, list[dict]] | None = None) -> list[list
     By the column's own metric where every system that ran has it, else by its stand-in, which ranks our systems alone and is
     comparable with nothing published. mine: the runs of this machine, for experiments that have no reference.
     """
-    entries, _, _, stand_ins = published(paper)
+    said = published(paper)
+    entries, stand_ins = said.entries, said.stand_ins
     reference = references(paper)
     columns: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
@@ -298,6 +325,63 @@ def rankings(paper: str, mine: dict[str, list[dict]] | None = None) -> list[list
     return [["where", "published order, best first", "our order", "by", "pairs in the same order"], *rows] if rows else []
 
 
+def claims(paper: str, mine: dict[str, list[dict]] | None = None) -> list[list[str]]:
+    """What the paper says of its results, each claim as a comparison of our numbers, heads first; without heads where there is none.
+
+    A claim names an experiment and a metric, `is` (lower, higher, equal) and `than`: another experiment, whose same metric is meant, or
+    {metric: another one of the same runs}, or a number. mine: the runs of this machine, for experiments that have no reference.
+    """
+    reference, rows = references(paper), []
+
+    def values(experiment: str, metric: str) -> list[float]:
+        config = config_of(paper, experiment)
+        sources = (reference, mine or {}) if config is not None else ()
+        return next((v for source in sources if (v := sample(source.get(experiment, []), config, metric).values)), [])
+
+    for claim in published(paper).claims:
+        experiment, metric, than = claim["experiment"], claim["metric"], claim["than"]
+        ours = values(experiment, metric)
+        if isinstance(than, str):
+            against, shown, kind = values(than, metric), than, "seeds"
+        elif isinstance(than, dict):
+            against, shown, kind = values(experiment, than["metric"]), than["metric"], "paired"
+        else:
+            against, shown, kind = [float(than)], str(than), "number"
+        what = f"{experiment}: {metric} {'=' if claim['is'] == 'equal' else claim['is'] + ' than'} {shown}"
+        row = [claim["where"], claim["claim"], what]
+        if ours and against:
+            row += [plain(ours), *verdict_on_claim(ours, against, claim["is"], kind)]
+        rows.append(row if len(row) > 3 else [*row, "–", "–", "not run"])
+    return [["where", "claim", "as a number", "ours", "against", "verdict"], *rows] if rows else []
+
+
+def plain(values: list[float]) -> str:
+    """mean ± s.d. (n)."""
+    return str(Sample(values, ["fp32"], []))
+
+
+def verdict_on_claim(ours: list[float], against: list[float], wanted: str, kind: str) -> tuple[str, str]:
+    """The other side of a comparison as text, and whether the claim holds.
+
+    It holds, or fails, where the 95 % interval of the difference lies wholly on that side of 0, and is undecided else; with fewer than
+    five seeds on a side that is indicative. kind of `against`: other runs ("seeds"), the same runs in order ("paired"), a "number".
+    """
+    other = plain(against) if len(against) > 1 else f"{against[0]:.4g}"
+    if wanted == "equal":
+        n = sum(value == against[0] for value in ours)
+        return other, f"holds{'' if n == len(ours) else ' in part'} ({n} of {len(ours)} seeds)" if n else f"fails (0 of {len(ours)} seeds)"
+    if kind == "paired":
+        ours, against = [a - b for a, b in zip(ours, against, strict=True)], [0.0]
+    difference = statistics.fmean(ours) - statistics.fmean(against)
+    if min(len(ours), len(against) if kind == "seeds" else 2) < 2:
+        return other, f"one seed: {'as claimed' if (difference < 0) == (wanted == 'lower') else 'not as claimed'}"
+    error = statistics.variance(against) / len(against) if len(against) > 1 else 0.0
+    low, high = welch_interval(difference, statistics.variance(ours) / len(ours), len(ours), error, len(against))
+    holds, fails = (high < 0, low > 0) if wanted == "lower" else (low > 0, high < 0)
+    indicative = ", indicative" if len(ours) < 5 or kind == "seeds" and len(against) < 5 else ""
+    return other, f"{'holds' if holds else 'fails' if fails else 'undecided'}{indicative} (difference in [{low:.3g}, {high:.3g}])"
+
+
 def like_reference(here: list[float], reference: list[float]) -> str:
     """Whether your values lie where 95 % of seeds should, by the reference's (n ≥ 5)."""
     low, high = prediction_interval(reference)
@@ -323,7 +407,7 @@ def as_markdown(rows: list[list[str]]) -> str:
 def collect(runs: Path) -> None:
     """Bring the complete runs made from a clean tree into results/ and figures/, then write the READMEs' results blocks."""
     for paper in papers():
-        subsets = {item["experiment"] for item in published(paper)[2] if item.get("subset")}
+        subsets = {item["experiment"] for item in published(paper).reference if item.get("subset")}
         for experiment, records in yours(paper, runs).items():
             config = config_of(paper, experiment)
             if config is None:
@@ -375,9 +459,11 @@ def blocks() -> dict[Path, str]:
         numbers = [row for row in rows[1:] if row[3] != "–"]
         done = [row for row in numbers if row[4] != "–"]
         rest = f"{len(numbers) - len(done)} more of the paper's numbers are not run yet, and what we measure beside them: `make diff`."
-        glance += [f"**[{paper}]({paper}/README.md)**", as_markdown([rows[0], *done]), rest]
+        glance += [f"**[{paper}]({paper}/README.md)**", *([as_markdown([rows[0], *done])] if done else []), rest]
         order = rankings(paper)
-        body = [as_markdown(rows), as_markdown(order) if order else "", reference_runs(paper), pictures(paper)]
+        said = claims(paper)
+        blocks_of_paper = [rows, order, said]
+        body = [*(as_markdown(block) for block in blocks_of_paper if block), reference_runs(paper), pictures(paper)]
         path = ROOT / paper / "README.md"
         written[path] = with_block(path, "\n\n".join(part for part in body if part))
     path = ROOT / "README.md"
@@ -434,9 +520,8 @@ def pending(runs: Path) -> list[list[str]]:
     """The reference runs still missing, the most valuable first: experiment, seeds, needs, cost, and how far they are here."""
     rows = [["target", "missing seeds", "needs", "cost of a seed", "here"]]
     for paper in papers():
-        _, _, wanted, _ = published(paper)
         records = references(paper)
-        for item in wanted:
+        for item in published(paper).reference:
             experiment, seeds = item["experiment"], range(item["seeds"])
             config = config_of(paper, experiment)
             good = [r for r in records.get(experiment, []) if config is not None and not not_comparable(r, config)]
@@ -474,8 +559,9 @@ def main(argv: list[str] | None = None) -> None:
             mine = yours(paper, options.runs)
             rows = table(paper, mine, options.experiment)
             print(f"\n{paper}\n{as_text(rows) if len(rows) > 1 else f'no published number for {options.experiment}'}")
-            if order := rankings(paper, mine):
-                print(f"\n{as_text(order)}")
+            for more in (rankings(paper, mine), claims(paper, mine) if not options.experiment else []):
+                if more:
+                    print(f"\n{as_text(more)}")
     elif options.what == "collect":
         collect(options.runs)
     elif options.what == "check":

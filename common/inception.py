@@ -1,4 +1,4 @@
-"""Features of the Inception network that FID is defined on, by torch-fidelity, and their moments, cached.
+"""Features of the Inception network that FID is defined on, by torch-fidelity, and their moments, cached; its logits as well.
 
 The network is the TensorFlow one of 2015-12-05; torch-fidelity resizes to 299×299 as the original program does (bilinear, TF 1)
 and scales (x - 128) / 128. Grey images are repeated to 3 channels.
@@ -62,15 +62,16 @@ def _check(path: Path) -> None:
         raise UserError(f"{path}: not the official Inception weights (SHA-256 {found[:8]}…, expected {SHA256_PREFIX}…): delete it")
 
 
-def extractor(weights: Path, device: torch.device) -> torch.nn.Module:
+def extractor(weights: Path, device: torch.device, layer: str = str(FEATURES)) -> torch.nn.Module:
+    """The network up to a layer: the 2048 features of FID, or "logits_unbiased", the 1,008 logits without bias of the Inception Score."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    return FeatureExtractorInceptionV3("inception-v3-compat", [str(FEATURES)], str(weights)).to(device)
+    return FeatureExtractorInceptionV3("inception-v3-compat", [layer], str(weights)).to(device)
 
 
 @torch.no_grad()
 def features(network: torch.nn.Module, images: Tensor, batch: int = 100) -> Tensor:
-    """Features (N, 2048), float32 on the CPU, of uint8 images (N, 1 or 3, H, W)."""
+    """What the extractor gives, (N, 2048) or (N, 1008), float32 on the CPU, of uint8 images (N, 1 or 3, H, W)."""
     device = next(network.parameters()).device
     print(f"Inception features of {len(images):,} images", flush=True)  # on a CPU some minutes per 10,000
     parts = tqdm(images.split(batch), disable=not sys.stderr.isatty(), leave=False)

@@ -1,4 +1,4 @@
-"""Pictures: grids of images, heat maps, curves."""
+"""Pictures: grids of images, heat maps, curves, scatters."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +69,44 @@ def save_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], path
         axes.set_xlabel(x_label, fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def save_error_curves(panels: dict[str, dict[str, tuple]], path: Path, x_label: str, y_label: str, log: bool = False) -> None:
+    """Panels of several named curves (x, y, error of y) each, four to a row; log: the x axis is logarithmic."""
+    columns = min(len(panels), 4)
+    size = (3.6, 2.9) if len(panels) > 1 else (5.5, 4.0)
+    rows = -(-len(panels) // columns)
+    figure, grid_of_axes = _pyplot().subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
+    for axes in grid_of_axes.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, curves) in zip(grid_of_axes.flat, panels.items(), strict=False):
+        for name, (x, y, error) in curves.items():
+            axes.errorbar(x, y, error if any(error) else None, label=name, linewidth=1, capsize=2, marker=".", markersize=3)
+        if log:
+            axes.set_xscale("log")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel(x_label, fontsize=8)
+        axes.set_ylabel(y_label, fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+def save_scatters(panels: dict[str, tuple[Tensor, Tensor, Tensor]], path: Path, columns: int = 4) -> None:
+    """One panel for each named (data (n, 2), samples (m, 2), groups (m,)): data in black, samples in the colour of their group."""
+    rows, columns = -(-len(panels) // columns), min(columns, len(panels))
+    figure, grid_of_axes = _pyplot().subplots(rows, columns, figsize=(3.2 * columns, 3.3 * rows), squeeze=False)
+    limit = 1.25 * max(float(data.abs().max()) for data, _, _ in panels.values())
+    for axes in grid_of_axes.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (name, (data, samples, groups)) in zip(grid_of_axes.flat, panels.items(), strict=False):
+        axes.scatter(*data.T.numpy(), s=1, c="black", alpha=0.25, linewidths=0)
+        axes.scatter(*samples.T.numpy(), s=2, c=groups.numpy(), cmap="tab10", linewidths=0)
+        axes.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+        axes.title.set_fontsize(9)
+        axes.tick_params(labelsize=7)
     _save(figure, path)
 
 

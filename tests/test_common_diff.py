@@ -31,7 +31,7 @@ TABLES = {
 
 
 def test_published_yaml_is_tables_i_to_iii_each_cell_once():
-    entries, *_ = diff.published("segma")
+    entries = diff.published("segma").entries
     found = {(e.where, e.metric, e.system): e.value for e in entries}
     expected = {
         (f"{where}, {column}", metric, system): value
@@ -149,6 +149,20 @@ def house(tmp_path, monkeypatch):
     return tmp_path
 
 
+def put_result(runs, experiment: str, seed: int, **metrics: float) -> None:
+    """An eval.json on MNIST, as if from a complete run made from a clean tree."""
+    config = run.experiment_config("segma", experiment)
+    digest = diff.official_digest("mnist")
+    made = record(data="mnist", data_digest=digest, train_images=60_000, test_images=10_000, epochs=config.epochs)
+    made |= {"experiment": experiment, "seed": seed, "config": asdict(config), "config_hash": run.config_hash(config), "metrics": metrics}
+    made["provenance"] |= {key: None for key in diff.PROVENANCE - made["provenance"].keys()}
+    made["provenance"] |= {"git_commit": "0" * 40, "git_commits": ["0" * 40], "git_dirty": False, "training_seconds": 1.0}
+    made["provenance"]["evaluation"] = {"git_commit": "0" * 40, "git_dirty": False}
+    folder = runs / experiment / f"seed{seed}"
+    folder.mkdir(parents=True)
+    (folder / "eval.json").write_text(json.dumps(made))
+
+
 def put_run(runs, trained, seed: int, **provenance) -> None:
     """An evaluated run, as if it had been trained to the end from a clean tree."""
     folder = runs / f"segma/digits/seed{seed}"
@@ -217,13 +231,73 @@ def test_damaged_inputs_of_the_diff(house, capsys, tmp_path):
     assert code == 2 and "published.yaml: an entry is not complete" in err
 
 
-def test_the_readmes_links_lead_to_what_they_name():
-    text = (ROOT / "segma/README.md").read_text()
+@pytest.mark.parametrize("paper", diff.papers())
+def test_the_readmes_links_lead_to_what_they_name(paper):
+    text = (ROOT / paper / "README.md").read_text()
     links = re.findall(r"\[`(\w+)`\]\(([\w./]+)#L(\d+)\)", text)
     assert len(links) > 20
     for name, file, line in links:
-        found = (ROOT / "segma" / file).read_text().splitlines()[int(line) - 1]
+        found = (ROOT / paper / file).read_text().splitlines()[int(line) - 1]
         assert re.match(rf"(def|class) {name}\b", found), f"{name} is not at {file}:{line}"
+
+
+def test_the_best_seed_stands_beside_the_mean_where_the_published_number_may_be_one(house, tmp_path):
+    text = (house / "segma/published.yaml").read_text()
+    marked = text.replace("better: lower, value: 12.7,", "better: lower, value: 12.7, show_best: true,")
+    assert marked != text
+    (house / "segma/published.yaml").write_text(marked)
+    for seed, error in enumerate((20.0, 16.0, 18.0)):
+        put_result(tmp_path / "runs/segma", "mnist", seed, test_error=error)
+    diff.collect(tmp_path / "runs")
+    row = next(r for r in diff.table("segma", None) if r[0] == "Table II, MNIST" and r[2] == "mnist")
+    assert row[4].startswith("18 ± 2 (n=3") and row[4].endswith("; best seed 16") and row[5] == "+5.3"
+
+
+@pytest.mark.parametrize(
+    "ours, against, wanted, kind, expected",
+    [
+        # Welch: 1 … 5 against 11 … 15: difference -10, s² = 2.5 each, error 1, 8 degrees of freedom, t = 2.306
+        ([1, 2, 3, 4, 5], [11, 12, 13, 14, 15], "lower", "seeds", "holds (difference in [-12.3, -7.69])"),
+        ([1, 2, 3, 4, 5], [11, 12, 13, 14, 15], "higher", "seeds", "fails (difference in [-12.3, -7.69])"),
+        ([1, 2, 3, 4, 5], [2, 3, 4, 5, 6], "lower", "seeds", "undecided (difference in [-3.31, 1.31])"),
+        # one sample: mean 3, error √(2.5 / 5), 4 degrees of freedom, t = 2.776
+        ([1, 2, 3, 4, 5], [0], "higher", "number", "holds (difference in [1.04, 4.96])"),
+        ([1, 2, 3], [0], "higher", "number", "undecided, indicative (difference in [-0.484, 4.48])"),
+        # paired: the differences are 1 but once 2
+        ([2, 3, 4, 6, 6], [1, 2, 3, 4, 5], "higher", "paired", "holds (difference in [0.645, 1.76])"),
+        ([9, 9, 8], [9], "equal", "number", "holds in part (2 of 3 seeds)"),
+        ([9, 9], [9], "equal", "number", "holds (2 of 2 seeds)"),
+        ([7], [9], "equal", "number", "fails (0 of 1 seeds)"),
+        ([7], [9, 10], "lower", "seeds", "one seed: as claimed"),
+        ([7], [6], "lower", "seeds", "one seed: not as claimed"),
+        ([7, 8, 9], [6], "lower", "seeds", "one seed: not as claimed"),
+        ([3, 3, 3, 3, 3], [1, 1, 1, 1, 1], "higher", "seeds", "holds (difference in [2, 2])"),
+    ],
+)  # fmt: skip
+def test_verdicts_on_claims(ours, against, wanted, kind, expected):
+    found = diff.verdict_on_claim([float(x) for x in ours], [float(x) for x in against], wanted, kind)[1]
+    assert found == expected
+
+
+def test_claims_name_experiments_and_say_where_nothing_was_run(house, tmp_path):
+    text = (house / "segma/published.yaml").read_text()
+    claims = """
+claims:
+  - {where: "Sec. 1", claim: "better than M1+M2", experiment: mnist, metric: test_error, is: lower, than: mnist-m1m2}
+  - {where: "Sec. 2", claim: "better than a number", experiment: mnist, metric: test_error, is: lower, than: 30}
+  - {where: "Sec. 3", claim: "better than itself", experiment: mnist, metric: test_error, is: lower, than: {metric: other}}
+"""
+    (house / "segma/published.yaml").write_text(text + claims)
+    for seed, error in enumerate((20.0, 21.0)):
+        put_result(tmp_path / "runs/segma", "mnist", seed, test_error=error, other=error + 1 + seed)
+    mine = diff.yours("segma", tmp_path / "runs")
+    rows = diff.claims("segma", mine)
+    assert rows[1][2:] == ["mnist: test_error lower than mnist-m1m2", "–", "–", "not run"]
+    assert rows[2][2:5] == ["mnist: test_error lower than 30", "20.5 ± 0.71 (n=2)", "30"] and rows[2][5].startswith("holds, indicative")
+    assert rows[3][2:5] == ["mnist: test_error lower than other", "20.5 ± 0.71 (n=2)", "22 ± 1.4 (n=2)"]
+    assert rows[3][5].startswith("undecided, indicative (difference in [-7.85")
+    assert all(row[5] == "not run" for row in diff.claims("segma")[1:])  # runs of this machine are no reference
+    assert "better than a number" in next(text for path, text in diff.blocks().items() if path.parent.name == "segma")
 
 
 def test_the_readmes_pictures_exist():
@@ -237,15 +311,7 @@ def test_rankings_hold_our_order_against_the_published_one(house, tmp_path):
     runs = tmp_path / "runs/segma"
     values = {"mnist": (9.0, 30.0), "mnist-adgm": (10.0, 10.0), "mnist-m1m2": (20.0, 20.0)}
     for experiment, (error, stand_in) in values.items():
-        config = run.experiment_config("segma", experiment)
-        made = record(
-            data="mnist", data_digest=diff.official_digest("mnist"), train_images=60_000, test_images=10_000, epochs=config.epochs
-        )
-        made |= {"experiment": experiment, "config": asdict(config), "config_hash": run.config_hash(config)}
-        made["metrics"] = {"test_error": error, "fid_classifier": stand_in}
-        made["provenance"] |= {key: None for key in diff.PROVENANCE - made["provenance"].keys()}
-        (runs / experiment / "seed0").mkdir(parents=True)
-        (runs / experiment / "seed0/eval.json").write_text(json.dumps(made))
+        put_result(runs, experiment, 0, test_error=error, fid_classifier=stand_in)
     heads, *rows = diff.rankings("segma", diff.yours("segma", tmp_path / "runs"))
     assert len(heads) == 5
     assert rows == [

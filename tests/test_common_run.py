@@ -92,7 +92,7 @@ def test_every_config_is_complete_and_every_value_has_a_source(path):
     assert re.match(r"# \S", lines[0])  # what `make` shows
     for line in lines[1:]:
         assert re.match(
-            r"\w+: \S+ +# .*(Sec\.|Table|eq\.|eqs\.|appendix|authors' code|code of \[|\[1[01]\]|open repository|ours: )", line
+            r"\w+: \S+ +# .*(Sec\.|Table|eq\.|eqs\.|appendix|authors' code|code of |Figure |\[1[01]\]|open repository|ours: )", line
         ), f"{path.name}: no source: {line}"
 
 
