@@ -1,0 +1,135 @@
+"""The figures that compare runs: 3, 4 and 5 on the toy, 2 and 7 on images.
+
+    python -m gmgan.figures --runs runs --out runs/gmgan/figures
+
+Figures 3 and 4 need the runs themselves (seed 0 of each); 2, 5 and 7 take the reference results and the evaluated runs under --runs,
+every seed of each, with standard errors. What is missing is said and left out.
+"""
+
+import math
+import statistics
+from pathlib import Path
+
+from common import diff, plots, run
+from gmgan import toy
+from gmgan.eval import MULTIPLIERS, load_run
+
+TOY = {"GAN": "toy-gan", "GM-GAN": "toy", "AC-GAN": "toy-acgan", "GM-GAN, supervised": "toy-supervised"}
+DATA = {"CIFAR-10": "cifar10", "STL-10": "stl10", "Fashion-MNIST": "fashion", "MNIST": "mnist"}
+PAIRS = {  # Fig. 7's two columns: the experiments behind each curve
+    "supervised": {"AC-GAN": "{}-acgan", "GM-GAN": "{}-supervised", "GM-GAN, dynamic": "{}-supervised-dynamic"},
+    "unsupervised": {"GAN": "{}-gan", "GM-GAN": "{}", "GM-GAN, dynamic": "{}-dynamic"},
+}
+
+
+def records(runs: Path) -> dict[str, list[dict[str, float]]]:
+    """The metrics of every complete run by experiment, one for each seed: the reference's, and those under `runs` for other seeds."""
+    found: dict[str, dict[int, dict]] = {}
+    for source in (diff.yours("gmgan", runs), diff.references("gmgan")):
+        for experiment, several in source.items():
+            config = diff.config_of("gmgan", experiment)
+            for record in several:
+                reason = "an experiment that is not there" if config is None else diff.not_comparable(record, config)
+                if reason:
+                    print(f"{experiment} seed {record['seed']}: left out: {reason}")
+                else:
+                    found.setdefault(experiment, {})[record["seed"]] = record["metrics"]
+    return {experiment: list(seeds.values()) for experiment, seeds in found.items()}
+
+
+def curve(several: list[dict[str, float]], prefix: str) -> tuple[list[float], list[float], list[float]]:
+    """x, mean and standard error over seeds of the metrics prefix_x; an error of 0 where there is one seed."""
+    names = sorted((name for name in several[0] if name.startswith(prefix)), key=lambda name: float(name.removeprefix(prefix)))
+    columns = [[metrics[name] for metrics in several] for name in names]
+    errors = [statistics.stdev(column) / math.sqrt(len(column)) if len(column) > 1 else 0.0 for column in columns]
+    xs = [float(name.removeprefix(prefix)) for name in names]
+    return xs, [statistics.fmean(column) for column in columns], errors
+
+
+def figures_3_and_4(runs: Path, out: Path) -> None:
+    """Samples of the four models over the data; GAN's and GM-GAN's at several σ."""
+    points, trained = toy.dataset().train_images, {}
+    for name, experiment in TOY.items():
+        folder = runs / "gmgan" / experiment / "seed0"
+        if not (folder / "checkpoint.pt").exists():
+            print(f"figure 3: {experiment} left out: no run in {folder}; make gmgan-{experiment}")
+            continue
+        trained[name] = load_run(folder)
+    if trained:
+        panels = {name: (points, *toy.judged(t.networks, t.system, t.config)) for name, t in trained.items()}
+        plots.save_scatters(panels, out / "figure-3.png")
+    panels = {}
+    for name in ("GAN", "GM-GAN"):
+        if name in trained:
+            t = trained[name]
+            for m in toy.SHOWN_MULTIPLIERS:
+                panels[f"{name}, σ = {m:g}"] = (points, *toy.judged(t.networks, t.system, t.config, m))
+    if panels:
+        plots.save_scatters(panels, out / "figure-4.png")
+
+
+def figure_5(found: dict, out: Path) -> None:
+    """Negative log-likelihood of samples against the epoch, the data's own as a line."""
+    curves = {name: curve(found[e], "nll_after_") for name, e in TOY.items() if e in found}
+    if curves:
+        xs = next(iter(curves.values()))[0]
+        own = toy.negative_log_likelihood(toy.dataset().train_images)
+        curves["the data"] = (xs, [own] * len(xs), [0.0] * len(xs))
+        plots.save_error_curves({"": curves}, out / "figure-5.png", "epoch", "negative log-likelihood, nats", log=True)
+
+
+def figure_4_curves(found: dict, out: Path) -> None:
+    """The trade-off of Fig. 4 in numbers: likelihood against entropy of the toy's samples, a point for each σ."""
+    curves = {}
+    for name, experiment in TOY.items():
+        if experiment in found:
+            _, entropy, _ = curve(found[experiment], "entropy_at_")
+            _, nll, errors = curve(found[experiment], "nll_at_")
+            curves[name] = (entropy, nll, errors)
+    if curves:
+        plots.save_error_curves({"": curves}, out / "figure-4-curves.png", "entropy, nats (diversity)", "negative log-likelihood, nats")
+
+
+def figure_7(found: dict, out: Path) -> None:
+    """Quality and diversity against σ, a row for each data set."""
+    panels = {}
+    for title, data in DATA.items():
+        for setting, models in PAIRS.items():
+            for score in ("quality", "diversity"):
+                curves = {name: curve(found[e.format(data)], f"{score}_at_") for name, e in models.items() if e.format(data) in found}
+                if curves:
+                    panels[f"{title}, {setting}: {score}"] = curves
+    if panels:
+        plots.save_error_curves(panels, out / "figure-7.png", "σ, after training", "")
+
+
+def figure_2(found: dict, out: Path) -> None:
+    """Inception Score against σ."""
+    panels = {}
+    for title, data in DATA.items():
+        if data in found and f"inception_score_at_{MULTIPLIERS[0]}" in found[data][0]:
+            panels[title] = {"GM-GAN": curve(found[data], "inception_score_at_")}
+    if panels:
+        plots.save_error_curves(panels, out / "figure-2.png", "σ, after training", "Inception Score")
+    else:
+        print("figure 2 left out: no run on CIFAR-10 or STL-10 was evaluated with Inception weights")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = run.Parser(prog="python -m gmgan.figures")
+    parser.add_argument("--runs", type=run.as_path, default=Path("runs"), help="folder under which runs are kept")
+    parser.add_argument("--out", type=run.as_path, help="where the figures go; default: <runs>/gmgan/figures")
+    options = parser.parse_all(argv)
+    out = options.out or options.runs / "gmgan" / "figures"
+    figures_3_and_4(options.runs, out)
+    found = records(options.runs)
+    for figure in (figure_2, figure_4_curves, figure_5, figure_7):
+        figure(found, out)
+    made = sorted(path.name for path in out.glob("figure-*.png"))
+    if not made:
+        raise run.UserError(f"no run of gmgan under {options.runs} and no reference results: train one first, as in make gmgan-toy")
+    print(f"{out}: {', '.join(made)}")
+
+
+if __name__ == "__main__":
+    run.exit_with(main)

@@ -1,0 +1,101 @@
+"""The scores of Sec. 3 on images: quality, diversity within and between classes, their combination, the Inception Score.
+
+Each is a pure function of images, features or classes; which classifier gives those is said in eval.py.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli, Bovik 2003
+WINDOW, WINDOW_DEVIATION = 11, 1.5  # the Gaussian window of SSIM
+
+
+def nearest_distances(features: Tensor, reference: Tensor, batch: int = 1000) -> Tensor:
+    """‖c_l(x) - c_l(NN(x))‖₂ of eq. (6), (n,): from each of features (n, d) to the nearest of reference (m, d)."""
+    return torch.cat([torch.cdist(part, reference).amin(1) for part in features.split(batch)])
+
+
+def quality(distances: Tensor, log_a: float) -> Tensor:
+    """q(x), eq. (6), (n,): 1 - eᵈ / (eᵈ + a), written as the sigmoid of log a - d, which no distance can overflow. At most a / (1 + a)."""
+    return (log_a - distances).sigmoid()
+
+
+def scales(side: int) -> int:
+    """On how many scales MS-SSIM is taken: as many as keep its 11×11 window inside an image of this side, 5 at most. 28: 2, 96: 4."""
+    return min(int(math.log2(side / WINDOW)) + 1, len(MS_SSIM_WEIGHTS))
+
+
+def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """MS-SSIM of pairs of images x, y (B, C, H, W) in [0, 1], (B,) in [0, 1].
+
+    Contrast and structure at every scale, luminance at the last, each to its weight; the weights of the scales that are left out are
+    spread over the others, and negative terms count as 0. Raises ValueError where a side is below the window's 11 pixels.
+    """
+    if min(x.shape[-2:]) < WINDOW:
+        raise ValueError(f"MS-SSIM needs images of at least {WINDOW}×{WINDOW} pixels, found {x.shape[-2]}×{x.shape[-1]}")
+    weights = torch.tensor(MS_SSIM_WEIGHTS[: scales(min(x.shape[-2:]))])
+    weights = (weights / weights.sum()).tolist()
+    result = torch.ones(len(x), device=x.device)
+    for i, weight in enumerate(weights):
+        if i:
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        whole, contrast = _ssim(x, y)
+        result = result * (whole if i == len(weights) - 1 else contrast).clamp(min=0) ** weight
+    return result
+
+
+def _ssim(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """SSIM and its factor for contrast and structure alone, each (B,), means over pixels and channels. Constants for the range [0, 1]."""
+    c1, c2 = 0.01**2, 0.03**2
+    axis = torch.arange(WINDOW, device=x.device, dtype=x.dtype) - WINDOW // 2
+    window = (-(axis**2) / (2 * WINDOW_DEVIATION**2)).exp()
+    window = window / window.sum()
+    maps = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1)[:, None]  # (5·B·C, 1, H, W)
+    blurred = F.conv2d(F.conv2d(maps, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+    mean_x, mean_y, xx, yy, xy = blurred.view(5, len(x), -1)  # each (B, C·h·w)
+    contrast = (2 * (xy - mean_x * mean_y) + c2) / (xx - mean_x**2 + yy - mean_y**2 + c2)
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return (luminance * contrast).mean(1), contrast.mean(1)
+
+
+def intra_class_diversity(images: Tensor, pairs: int, generator: torch.Generator, batch: int = 100) -> tuple[float, float]:
+    """d_intra, eq. (8), and its standard error: 1 - the mean MS-SSIM over all ordered pairs of uint8 images (n, C, H, W), n ≥ 2.
+
+    The n self-pairs, whose MS-SSIM is 1, count exactly; of the other n² - n, `pairs` random ones stand for all.
+    """
+    n = len(images)
+    first = torch.randint(n, (pairs,), generator=generator)
+    second = (first + torch.randint(1, n, (pairs,), generator=generator)) % n  # never itself
+    parts = zip(first.split(batch), second.split(batch), strict=True)
+    similar = torch.cat([ms_ssim(images[i].float() / 255, images[j].float() / 255) for i, j in parts]).double()
+    share = 1 - 1 / n  # of all pairs that are not self-pairs
+    return share * (1 - similar.mean().item()), share * similar.std().item() / math.sqrt(pairs)
+
+
+def inter_class_diversity(classes: Tensor, n_classes: int) -> float:
+    """d_inter, eq. (9): the entropy of how often each of N ≥ 2 classes (n,) occurs, as a share of log N."""
+    shares = classes.bincount(minlength=n_classes).double() / len(classes)
+    return max(-(torch.special.xlogy(shares, shares)).sum().item(), 0.0) / math.log(n_classes)
+
+
+def diversity(intra: float, inter: float) -> float:
+    """d(X), eq. (10)."""
+    return math.sqrt(intra * inter)
+
+
+def combined(quality: float, diversity: float) -> float:
+    """s(X), eq. (11)."""
+    return math.sqrt(quality * diversity)
+
+
+def inception_score(logits: Tensor, splits: int = 10) -> float:
+    """Eq. (5), exp(E KL(p(y|x) ‖ p(y))), the mean over `splits` parts of logits (n, classes), as in its authors' program."""
+    values = []
+    for part in logits.double().chunk(splits):
+        log_p = part.log_softmax(1)
+        log_marginal = log_p.logsumexp(0) - math.log(len(part))
+        values.append((log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp())
+    return torch.stack(values).mean().item()

@@ -1,0 +1,131 @@
+"""The toy of Sec. 4.1: 5,000 points of nine Gaussians on {-1, 0, 1}², Σ = 0.1 I, labelled by Gaussian; and how samples are judged there.
+
+Its true density is known, so what Sec. 3.2 needs a classifier for is measured directly: quality as the negative log-likelihood of samples,
+diversity as their entropy, both in nats. Their difference is the Kullback-Leibler divergence of the samples from the truth.
+"""
+
+import functools
+import hashlib
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from common import plots, run
+from common.data import Dataset
+
+MODES = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0])] * 2)  # μ_m, (9, 2)
+VARIANCE = 0.1  # Σ_m = 0.1 I
+POINTS = 5000  # training points; as many samples are judged
+MULTIPLIERS = tuple(round(0.1 * i, 1) for i in range(5, 21))  # the σ of Sec. 4.3: 0.5, 0.6 … 2.0
+SHOWN_MULTIPLIERS = (0.1, 0.5, 1.0, 2.0)  # of Fig. 4
+EPOCHS_NOTED = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 400, 500)  # of Fig. 5's curve, as far as the run goes
+CLOSE = 0.25  # nats: how near to its end the likelihood must be to have converged
+
+
+@functools.cache
+def dataset() -> Dataset:
+    """The points (5000, 2), float32, and the Gaussian (5000,) of each: one draw for all runs, whatever their seeds. No test set."""
+    generator = run.generator(0, "toy")
+    labels = torch.randint(len(MODES), (POINTS,), generator=generator)
+    points = MODES[labels] + math.sqrt(VARIANCE) * torch.randn(POINTS, 2, generator=generator)
+    names = tuple(f"({x:.0f}, {y:.0f})" for x, y in MODES.tolist())
+    digest = hashlib.sha256(points.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
+    return Dataset("toy", points, labels, points[:0], labels[:0], names, digest, official=True)
+
+
+def negative_log_likelihood(points: Tensor) -> float:
+    """-log p(x) under the true mixture, mean over points (n, 2), nats."""
+    log_p = -(torch.cdist(points.double(), MODES.double()).square() / VARIANCE + math.log((2 * math.pi * VARIANCE) ** 2)) / 2
+    return -(log_p.logsumexp(1) - math.log(len(MODES))).mean().item()
+
+
+def entropy(points: Tensor) -> float:
+    """Differential entropy of the distribution of points (n, 2), n ≥ 2, nats: the nearest-neighbour estimate of Kozachenko and Leonenko,
+
+    ψ(n) - ψ(1) + log π + 2 E log r, r the distance to a point's nearest other one, at least 1e-9 where points coincide.
+    """
+    from scipy.spatial import KDTree
+    from scipy.special import digamma
+
+    distances = torch.from_numpy(KDTree(points.double().numpy()).query(points.double().numpy(), k=2)[0][:, 1])
+    return (digamma(len(points)) - digamma(1) + math.log(math.pi) + 2 * distances.clamp(min=1e-9).log().mean()).item()
+
+
+def nearest_modes(points: Tensor) -> Tensor:
+    """The most probable Gaussian (n,) of points (n, 2)."""
+    return torch.cdist(points, MODES).argmin(1)
+
+
+def main_modes(points: Tensor, groups: Tensor) -> tuple[float, int]:
+    """How far groups are modes: the share in percent of all points that lie nearest to their group's main mode, and how many modes
+
+    are some group's main one. points: (n, 2), groups: (n,).
+    """
+    found = nearest_modes(points)
+    counts = torch.stack([found[groups == k].bincount(minlength=len(MODES)) for k in groups.unique()])
+    return 100 * counts.max(1).values.sum().item() / len(points), len(counts.argmax(1).unique())
+
+
+def judged(networks: dict, system: ModuleType, config, multiplier: float = 1.0, stream: str = "judged") -> tuple[Tensor, Tensor]:
+    """Samples (about 5,000, 2), equally many of each group, and their groups."""
+    from gmgan.train import generate_many  # train.py imports this file
+
+    n = -(-POINTS // config.groups)
+    made = generate_many(networks, system, config, n, run.generator(0, "toy", stream), multiplier)
+    return made, torch.arange(config.groups).repeat_interleave(n)
+
+
+def course(networks: dict, system: ModuleType, config) -> dict[str, float]:
+    """What the log notes after each epoch, Fig. 5: the samples' negative log-likelihood."""
+    return {"nll": negative_log_likelihood(judged(networks, system, config, stream="course")[0])}
+
+
+def scores(networks: dict, system: ModuleType, config, rows: list[dict]) -> dict[str, float]:
+    """The paper's four claims about the toy as numbers, and the curves of Figs. 4 and 5. rows: the log, one row an epoch."""
+    data = dataset()
+    made, groups = judged(networks, system, config)
+    nll, own = negative_log_likelihood(made), entropy(made)
+    purity, modes = main_modes(made, groups)
+    shares = nearest_modes(made).bincount(minlength=len(MODES)) / len(made)
+    found = {
+        "nll": nll,  # claim 1: lower than the baselines'
+        "entropy": own,  # claim 2: diversity, lower than the baselines'
+        "divergence": nll - own,
+        "purity": purity,  # claim 3: each Gaussian has a mode …
+        "main_modes": float(modes),  # … and each mode a Gaussian: 9
+        "covered_modes": float((shares > 0.1 / len(MODES)).sum()),  # with a tenth of their fair share of the samples
+        "epochs_to_converge": float(converged(rows)),  # claim 4: fewer than the baselines
+        "data_nll": negative_log_likelihood(data.train_images),
+        "data_entropy": entropy(data.train_images),
+        "data_purity": main_modes(data.train_images, data.train_labels)[0],
+    }
+    if getattr(config, "supervised", True):  # AC-GAN always is
+        found["samples_of_their_class"] = 100 * (nearest_modes(made) == groups % len(MODES)).float().mean().item()
+    for row in rows:
+        if row["epoch"] in EPOCHS_NOTED:
+            found[f"nll_after_{row['epoch']}"] = row["nll"]
+    for multiplier in MULTIPLIERS:
+        at = judged(networks, system, config, multiplier)[0]
+        found |= {f"nll_at_{multiplier}": negative_log_likelihood(at), f"entropy_at_{multiplier}": entropy(at)}
+    return found
+
+
+def converged(rows: list[dict]) -> int:
+    """The first epoch from which on, as a mean over five, the negative log-likelihood is within 0.25 nats of its mean over the last ten."""
+    curve = torch.tensor([row["nll"] for row in rows], dtype=torch.float64)
+    smooth = curve.unfold(0, min(5, len(curve)), 1).mean(1)
+    away = ((smooth - curve[-10:].mean()).abs() > CLOSE).nonzero()[:, 0]
+    return 1 if len(away) == 0 else int(away[-1]) + 2
+
+
+def figures(networks: dict, system: ModuleType, config, rows: list[dict], folder) -> None:
+    """Samples over the data in the colours of their Gaussians (Fig. 3), at several σ (Fig. 4), the likelihood's course (Fig. 5)."""
+    points = dataset().train_images
+    plots.save_scatters({"": (points, *judged(networks, system, config))}, folder / "samples.png")
+    panels = {f"σ = {m:g}": (points, *judged(networks, system, config, m)) for m in SHOWN_MULTIPLIERS}
+    plots.save_scatters(panels, folder / "sigma.png")
+    names = [name for name in rows[0] if name not in ("epoch", "seconds")]
+    curves = {name: ([row["epoch"] for row in rows], [row[name] for row in rows]) for name in names}
+    plots.save_curves(curves, folder / "training.png", "epoch")
