@@ -5,6 +5,7 @@ judged by the same network; neither is comparable with a published number. `trai
 ones too.
 """
 
+import hashlib
 import re
 import sys
 from collections.abc import Callable
@@ -136,6 +137,11 @@ def _cached(path: Path) -> dict | None:
         print(f"{str(error).split('. Nothing to resume')[0]}: the classifier is trained anew", file=sys.stderr, flush=True)
         path.unlink(missing_ok=True)
         return None
+
+
+def digest(network: Network) -> str:
+    """12 hex digits over the weights: which network judged."""
+    return hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in network.parameters())).hexdigest()[:12]
 
 
 def features(network: Network, images: Tensor, batch: int = 500) -> Tensor:

@@ -127,7 +127,7 @@ def on_images(
         found |= {f"{name}_at_{multiplier}": values[name] for name in shown}
     found |= clustering(trained, data, options.seed)
     inception_scores, judge = inception_score(trained, data, options, weights)
-    return found | inception_scores, {"inception": judge}
+    return found | inception_scores, {"classifier": classifier.digest(network), "inception": judge}
 
 
 def judged(

@@ -306,12 +306,12 @@ def generate_many(
     """
     device = next(networks["generator"].parameters()).device
     components = torch.arange(config.groups).repeat_interleave(n)
-    parts = []
+    parts, mode = [], networks["generator"].training
     networks["generator"].eval()
     for k in components.split(1000):
         epsilon = torch.randn(len(k), config.latent_dim, generator=noise)
         parts.append(system.generate(networks, epsilon.to(device), k.to(device), multiplier).cpu())
-    networks["generator"].train()
+    networks["generator"].train(mode)
     return torch.cat(parts)
 
 

@@ -6,7 +6,6 @@ Writes eval.json and figures/ into the run's folder. Tables I and III need the I
 """
 
 import dataclasses
-import hashlib
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -176,8 +175,7 @@ def tables_i_and_iii(
     cache = options.runs / "cache"
 
     network, accuracy = classifier.trained(data, cache, z.device)
-    weights_digest = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in network.parameters())).hexdigest()[:12]
-    judges = {"classifier": weights_digest, "inception": None}
+    judges = {"classifier": classifier.digest(network), "inception": None}
     real = moments(classifier.features(network, data.train_images))
     scores = {"classifier_accuracy": accuracy}
     for name, images in made.items():
