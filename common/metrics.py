@@ -32,3 +32,31 @@ def frechet_distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_2 @ root).clamp(min=0).sqrt().sum()
     return ((mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross).item()
+
+
+def contingency(clusters: Tensor, labels: Tensor, n_clusters: int, n_classes: int) -> Tensor:
+    """How many points of each class fall into each cluster, (K, N), float64. clusters, labels: (n,)."""
+    return (clusters * n_classes + labels).bincount(minlength=n_clusters * n_classes).view(n_clusters, n_classes).double()
+
+
+def clustering_accuracy(table: Tensor) -> float:
+    """The share of points in the class that their cluster stands for, under the best permutation. table: (N, N) counts."""
+    from scipy.optimize import linear_sum_assignment
+
+    if table.shape[0] != table.shape[1]:
+        raise ValueError(f"as many clusters as classes are needed for a permutation, found {table.shape[0]} and {table.shape[1]}")
+    rows, columns = linear_sum_assignment(table.numpy(), maximize=True)
+    return (table[rows, columns].sum() / table.sum()).item()
+
+
+def normalised_mutual_information(table: Tensor) -> float:
+    """I(cluster, class) / √(H(cluster) H(class)), the geometric mean; 0 where either is constant. table: (K, N) counts."""
+    joint = table / table.sum()
+    clusters, classes = joint.sum(1), joint.sum(0)
+
+    def entropy(p: Tensor) -> float:
+        return -torch.special.xlogy(p, p).sum().item()
+
+    information = entropy(clusters) + entropy(classes) - entropy(joint)
+    scale = (entropy(clusters) * entropy(classes)) ** 0.5
+    return max(information, 0.0) / scale if scale else 0.0

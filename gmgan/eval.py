@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common import classifier, inception, plots, run
 from common.data import Dataset
-from common.metrics import error_rate
+from common.metrics import contingency, error_rate
 from gmgan import cluster, scores, toy
 from gmgan.model import correspondence
 from gmgan.train import Task, generate_many, load_data, system_of
@@ -83,7 +83,7 @@ def evaluate(options: run.Options, weights: Path | None = None) -> dict:
     if data.digest != trained.state["identity"]["data_digest"]:
         raise run.UserError(f"{folder}: trained on {data.name} with digest {trained.state['identity']['data_digest']}, found {data.digest}")
     judges: dict[str, str | None] = {}
-    if data.name == "toy":
+    if data.name in toy.VARIANCE:
         metrics = toy.scores(trained.networks, trained.system, config, trained.state["rows"])
     elif hasattr(trained.system, "generate"):
         metrics, judges = on_images(trained, data, options, weights)
@@ -98,7 +98,7 @@ def evaluate(options: run.Options, weights: Path | None = None) -> dict:
         "provenance": run.provenance(trained.state) | judges | {"evaluation": run.session(device)},
     }
     run.write_json(folder / "eval.json", result)
-    if data.name == "toy":
+    if data.name in toy.VARIANCE:
         toy.figures(trained.networks, trained.system, config, trained.state["rows"], folder / "figures")
     else:
         figures(trained, data, metrics, folder / "figures")
@@ -166,7 +166,7 @@ def groups_and_classes(trained: Trained, classes: Tensor, groups: Tensor, n_clas
         return {"samples_of_their_class": 100 - error_rate(of_class[classes], of_gaussian[groups])}
     if config.groups == 1:
         return {}
-    counts = cluster.contingency(groups, classes, config.groups, n_classes)
+    counts = contingency(groups, classes, config.groups, n_classes)
     return {"component_purity": 100 * (counts.amax(1).sum() / counts.sum()).item(), "main_classes": float(len(counts.argmax(1).unique()))}
 
 
@@ -178,7 +178,7 @@ def clustering(trained: Trained, data: Dataset, seed: int) -> dict[str, float]:
     network = cluster.clusters(lambda n: trained.sample(n, seed=seed), config.groups, seed, config.cluster_samples, trained.device)
     found = {}
     for suffix, images, labels in (("", data.train_images, data.train_labels), ("_test", data.test_images, data.test_labels)):
-        values = cluster.scores(classifier.classify(network, images), labels, config.groups, data.n_classes)
+        values = cluster.scores(classifier.classify(network, images), labels, data.n_classes)
         found |= {f"{name}{suffix}": value for name, value in values.items()}
     return found
 

@@ -77,6 +77,6 @@ def scores(networks: dict[str, nn.Module], data: Dataset, seed: int) -> dict[str
         fitted = KMeans(data.n_classes, n_init=RESTARTS, random_state=seed % 2**32).fit(train)
         for suffix, points, labels in (("", train, data.train_labels), ("_test", test, data.test_labels)):
             assigned = torch.from_numpy(fitted.predict(points)).long()
-            values = clustering_scores(assigned, labels, data.n_classes, data.n_classes)
+            values = clustering_scores(assigned, labels, data.n_classes)
             found |= {f"{name}_{score}{suffix}": value for score, value in values.items()}
     return found

@@ -1,5 +1,7 @@
 """The toy of Sec. 4.1: 5,000 points of nine Gaussians on {-1, 0, 1}², Σ = 0.1 I, labelled by Gaussian; and how samples are judged there.
 
+`toy_apart` is the other reading, 0.1 as a standard deviation, as with σ: Gaussians that hardly overlap.
+
 Its true density is known, so what Sec. 3.2 needs a classifier for is measured directly: quality as the negative log-likelihood of samples,
 diversity as their entropy, both in nats. Their difference is the Kullback-Leibler divergence of the samples from the truth.
 """
@@ -16,7 +18,7 @@ from common import plots, run
 from common.data import Dataset
 
 MODES = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0])] * 2)  # μ_m, (9, 2)
-VARIANCE = 0.1  # Σ_m = 0.1 I
+VARIANCE = {"toy": 0.1, "toy_apart": 0.1**2}  # Σ_m = 0.1 I, as printed, or (0.1 I)²
 POINTS = 5000  # training points; as many samples are judged
 MULTIPLIERS = tuple(round(0.1 * i, 1) for i in range(5, 21))  # the σ of Sec. 4.3: 0.5, 0.6 … 2.0
 SHOWN_MULTIPLIERS = (0.1, 0.5, 1.0, 2.0)  # of Fig. 4
@@ -25,19 +27,20 @@ CLOSE = 0.25  # nats: how near to its end the likelihood must be to have converg
 
 
 @functools.cache
-def dataset() -> Dataset:
+def dataset(name: str = "toy") -> Dataset:
     """The points (5000, 2), float32, and the Gaussian (5000,) of each: one draw for all runs, whatever their seeds. No test set."""
     generator = run.generator(0, "toy")
     labels = torch.randint(len(MODES), (POINTS,), generator=generator)
-    points = MODES[labels] + math.sqrt(VARIANCE) * torch.randn(POINTS, 2, generator=generator)
+    points = MODES[labels] + math.sqrt(VARIANCE[name]) * torch.randn(POINTS, 2, generator=generator)
     names = tuple(f"({x:.0f}, {y:.0f})" for x, y in MODES.tolist())
     digest = hashlib.sha256(points.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
-    return Dataset("toy", points, labels, points[:0], labels[:0], names, digest, official=True)
+    return Dataset(name, points, labels, points[:0], labels[:0], names, digest, official=True)
 
 
-def negative_log_likelihood(points: Tensor) -> float:
-    """-log p(x) under the true mixture, mean over points (n, 2), nats."""
-    log_p = -(torch.cdist(points.double(), MODES.double()).square() / VARIANCE + math.log((2 * math.pi * VARIANCE) ** 2)) / 2
+def negative_log_likelihood(points: Tensor, name: str = "toy") -> float:
+    """-log p(x) under the true mixture of the toy `name`, mean over points (n, 2), nats."""
+    variance = VARIANCE[name]
+    log_p = -torch.cdist(points.double(), MODES.double()).square() / (2 * variance) - math.log(2 * math.pi * variance)
     return -(log_p.logsumexp(1) - math.log(len(MODES))).mean().item()
 
 
@@ -79,14 +82,14 @@ def judged(networks: dict, system: ModuleType, config, multiplier: float = 1.0, 
 
 def course(networks: dict, system: ModuleType, config) -> dict[str, float]:
     """What the log notes after each epoch, Fig. 5: the samples' negative log-likelihood."""
-    return {"nll": negative_log_likelihood(judged(networks, system, config, stream="course")[0])}
+    return {"nll": negative_log_likelihood(judged(networks, system, config, stream="course")[0], config.dataset)}
 
 
 def scores(networks: dict, system: ModuleType, config, rows: list[dict]) -> dict[str, float]:
     """The paper's four claims about the toy as numbers, and the curves of Figs. 4 and 5. rows: the log, one row an epoch."""
-    data = dataset()
+    data = dataset(config.dataset)
     made, groups = judged(networks, system, config)
-    nll, own = negative_log_likelihood(made), entropy(made)
+    nll, own = negative_log_likelihood(made, data.name), entropy(made)
     purity, modes = main_modes(made, groups)
     shares = nearest_modes(made).bincount(minlength=len(MODES)) / len(made)
     found = {
@@ -97,7 +100,7 @@ def scores(networks: dict, system: ModuleType, config, rows: list[dict]) -> dict
         "main_modes": float(modes),  # … and each mode a Gaussian: 9
         "covered_modes": float((shares > 0.1 / len(MODES)).sum()),  # with a tenth of their fair share of the samples
         "epochs_to_converge": float(converged(rows)),  # claim 4: fewer than the baselines
-        "data_nll": negative_log_likelihood(data.train_images),
+        "data_nll": negative_log_likelihood(data.train_images, data.name),
         "data_entropy": entropy(data.train_images),
         "data_purity": main_modes(data.train_images, data.train_labels)[0],
     }
@@ -108,7 +111,7 @@ def scores(networks: dict, system: ModuleType, config, rows: list[dict]) -> dict
             found[f"nll_after_{row['epoch']}"] = row["nll"]
     for multiplier in MULTIPLIERS:
         at = judged(networks, system, config, multiplier)[0]
-        found |= {f"nll_at_{multiplier}": negative_log_likelihood(at), f"entropy_at_{multiplier}": entropy(at)}
+        found |= {f"nll_at_{multiplier}": negative_log_likelihood(at, data.name), f"entropy_at_{multiplier}": entropy(at)}
     return found
 
 
@@ -122,7 +125,7 @@ def converged(rows: list[dict]) -> int:
 
 def figures(networks: dict, system: ModuleType, config, rows: list[dict], folder) -> None:
     """Samples over the data in the colours of their Gaussians (Fig. 3), at several σ (Fig. 4), the likelihood's course (Fig. 5)."""
-    points = dataset().train_images
+    points = dataset(config.dataset).train_images
     plots.save_scatters({"": (points, *judged(networks, system, config))}, folder / "samples.png")
     panels = {f"σ = {m:g}": (points, *judged(networks, system, config, m)) for m in SHOWN_MULTIPLIERS}
     plots.save_scatters(panels, folder / "sigma.png")

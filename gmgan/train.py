@@ -27,6 +27,7 @@ __all__ = ["PLAYERS", "Config", "build", "examples", "generate", "train_step"]  
 
 SETS = {  # data set: shape, classes; None: the number is found in the folder
     "toy": ((2,), 9),
+    "toy_apart": ((2,), 9),
     "digits": ((1, 28, 28), 10),
     "mnist": ((1, 28, 28), 10),
     "fashion_mnist": ((1, 28, 28), 10),
@@ -217,7 +218,7 @@ def load_data(config: Task, options: run.Options) -> tuple[Task, Dataset]:
 
     Raises UserError where a class is not there, there are fewer than two, or K, N and the map between them do not fit.
     """
-    data = toy.dataset() if config.dataset == "toy" else load(config.dataset, options.data, options.unofficial_data)
+    data = toy.dataset(config.dataset) if config.dataset in toy.VARIANCE else load(config.dataset, options.data, options.unofficial_data)
     wanted = config.classes.split(",") if config.classes else list(data.class_names[: config.n_classes])
     for name in wanted:
         if name not in data.class_names:
@@ -278,7 +279,7 @@ def train(config: Task, options: run.Options) -> Path:
                 noise = run.generator(options.seed, "noise", r.epoch, r.step, device=device)
                 batch = Batch(as_input(images[drawn]), labels[drawn], noise)
                 r.after_step(system.train_step(networks, optimizers, batch, config, options.precision))
-            r.after_epoch(**(toy.course(networks, system, config) if data.name == "toy" else {}))
+            r.after_epoch(**(toy.course(networks, system, config) if data.name in toy.VARIANCE else {}))
             if (path := r.sample_path()) and hasattr(system, "generate"):
                 show(networks, system, config, path)
         r.finish()
@@ -287,10 +288,10 @@ def train(config: Task, options: run.Options) -> Path:
 
 def show(networks: dict[str, nn.Module], system: ModuleType, config: Gan, path: Path) -> None:
     """Samples as a PNG: of the toy 200 of each group in its colour, of images one row a group; always from the same noise."""
-    n = 200 if config.dataset == "toy" else 10
+    n = 200 if config.dataset in toy.VARIANCE else 10
     made = generate_many(networks, system, config, n, run.generator(0, "samples"))
-    if config.dataset == "toy":
-        points, groups = toy.dataset().train_images, torch.arange(config.groups).repeat_interleave(n)
+    if config.dataset in toy.VARIANCE:
+        points, groups = toy.dataset(config.dataset).train_images, torch.arange(config.groups).repeat_interleave(n)
         save_scatters({"": (points, made, groups)}, path)
     else:
         save_grid((made + 1) / 2, path, columns=n)

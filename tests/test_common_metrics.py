@@ -1,6 +1,7 @@
 """Scores against scikit-learn and torch-fidelity, and Inception features through torch-fidelity's own network."""
 
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -10,7 +11,15 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from common import inception
-from common.metrics import error_rate, frechet_distance, moments, nearest_neighbour
+from common.metrics import (
+    clustering_accuracy,
+    contingency,
+    error_rate,
+    frechet_distance,
+    moments,
+    nearest_neighbour,
+    normalised_mutual_information,
+)
 from common.run import UserError
 
 
@@ -123,3 +132,22 @@ def test_missing_weights_say_where_they_go(monkeypatch, tmp_path):
     assert path is None and str(tmp_path) in reason and "--inception" in reason
     with pytest.raises(UserError, match="no such file"):
         inception.find_weights(tmp_path / "nothing.pth")
+
+
+def test_clustering_scores_against_scikit_learn_and_all_permutations():
+    from sklearn.metrics import normalized_mutual_info_score
+
+    g = torch.Generator().manual_seed(0)
+    labels, found = torch.randint(4, (300,), generator=g), torch.randint(4, (300,), generator=g)
+    found[:150] = (labels[:150] + 1) % 4
+    table = contingency(found, labels, 4, 4)
+    assert all(table[k, c] == ((found == k) & (labels == c)).sum() for k in range(4) for c in range(4))
+    best = max((labels == torch.tensor(p)[found]).float().mean().item() for p in itertools.permutations(range(4)))
+    assert clustering_accuracy(table) == pytest.approx(best)
+    theirs = normalized_mutual_info_score(labels, found, average_method="geometric")
+    assert normalised_mutual_information(table) == pytest.approx(theirs)
+    renamed = contingency((labels + 2) % 4, labels, 4, 4)
+    assert clustering_accuracy(renamed) == 1 and normalised_mutual_information(renamed) == pytest.approx(1)
+    assert normalised_mutual_information(contingency(torch.zeros_like(labels), labels, 4, 4)) == 0
+    with pytest.raises(ValueError, match="found 3 and 4"):
+        clustering_accuracy(torch.ones(3, 4))
