@@ -7,6 +7,7 @@
     celeba, celeba_train    celeba/: img_align_celeba/*.jpg, list_attr_celeba.txt, list_eval_partition.txt    the two text files
     cifar10                 cifar-10-batches-py/: data_batch_1 … data_batch_5, test_batch, batches.meta       every file
     stl10                   stl10_binary/: {train,test}_X.bin, {train,test}_y.bin, class_names.txt            every .bin file
+    flowers10, flowers10_all    flowers-102/: imagelabels.mat, setid.mat, jpg/ with the ten classes' images   the two .mat files
     folder:PATH, folder_colour:PATH    a person's own images, PATH/<class>/*.jpg, anywhere                    there are none
     signs:PATH              the same, for the Synthetic Traffic Signs: 40×40 images, taken as they are        there are none
 
@@ -25,6 +26,7 @@ import socket
 import sys
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -63,6 +65,8 @@ CELEBA_PARTITIONS = {"celeba": (0, 1), "celeba_train": (0,)}  # trained on: the 
 CELEBA_BOX = (19, 39, 159, 179)  # left, top, right, bottom of the 140×140 in the middle of 178×218
 CELEBA_VERSION = f"crop {CELEBA_BOX}, bilinear to 64×64, uint8 (N, C, H, W), v1"  # another preprocessing is another cache
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")  # their file has no official digest
+FLOWERS_SPLITS = {"flowers10": ("train",), "flowers10_all": ("train", "val", "test")}  # trained on; either is tested on test
+FLOWERS_SIDE = 500  # pixels: the publisher brought every image's smaller side to it
 FOLDER_SHAPES = {"folder": (1, 28, 28), "folder_colour": (3, 64, 64), "signs": (3, 40, 40)}
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # Pillow's names; not those that call other programs
 
@@ -77,6 +81,8 @@ OFFICIAL_COUNTS: dict[str, tuple[int, int]] = {
     "celeba_train": (162_770, 19_962),
     "cifar10": (50_000, 10_000),
     "stl10": (5_000, 8_000),
+    "flowers10": (100, 322),
+    "flowers10_all": (522, 322),
 }
 
 
@@ -131,6 +137,8 @@ def load(name: str, root: str | Path, unofficial: bool = False) -> Dataset:
         return _cifar10(Path(root), unofficial)
     if name == "stl10":
         return _stl10(Path(root), unofficial)
+    if name in FLOWERS_SPLITS:
+        return _flowers(name, Path(root), unofficial)
     if name.partition(":")[0] in FOLDER_SHAPES:
         return _folder(name)
     raise UserError(f"unknown data set {name!r}; known: {', '.join([*OFFICIAL_COUNTS, *(f'{kind}:<path>' for kind in FOLDER_SHAPES)])}")
@@ -139,7 +147,8 @@ def load(name: str, root: str | Path, unofficial: bool = False) -> Dataset:
 def official_digest(name: str) -> str | None:
     """The digest that `load` finds on the official data, or None where it cannot be known beforehand.
 
-    That is CelebA's, which goes over the decoded pixels, and those depend on the JPEG decoder in the last bit; and a person's own.
+    That is CelebA's and the flowers', which go over the decoded pixels, and those depend on the JPEG decoder in the last bit; and a
+    person's own.
     """
     if name == "digits":
         return DIGITS_DIGEST
@@ -326,7 +335,10 @@ def _reading_mat(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # on a damaged file scipy raises nearly anything, from IndexError to zlib's own
         reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{path}: not a readable MATLAB file: truncated, altered or another format ({reason})") from None
+        raise UserError(
+            f"{path}: not a readable MATLAB file: truncated, altered or another format ({reason}). "
+            "Delete it and run again to download the official one"
+        ) from None
 
 
 def _mat_count(path: Path) -> int:
@@ -665,6 +677,137 @@ def _read_bins(images: Path, labels: Path) -> tuple[Tensor, Tensor]:
     return pixels.transpose(2, 3).contiguous(), torch.from_numpy(classes.astype(np.int64) - 1)
 
 
+# --------------------------------------------------------------------------------------------------------------- flowers
+
+
+def _flowers_files() -> dict[str, str]:
+    """The .mat files of the labels and of the splits, in this order, and their official MD5s, as they stand in torchvision."""
+    from torchvision.datasets import Flowers102
+
+    return dict(Flowers102._file_dict[key] for key in ("label", "setid"))
+
+
+def _flowers(name: str, root: Path, unofficial: bool) -> Dataset:
+    """The first ten classes of Oxford-102 Flowers from root/flowers-102, each image brought to 64×64 as folder_colour: does it.
+
+    Trained on are flowers10's official training split or, for flowers10_all, all three splits: its test set, which is the official
+    one as well, is then part of its training set, as may be where the learning is unsupervised.
+    Official are the two .mat files; of the images only the archive has an official digest, so of them no more is known than that the
+    ten classes' are there, can be decoded and, as the originals, have no side under 500 pixels. Other classes' are not looked at.
+    """
+    from torchvision.datasets import Flowers102
+    from torchvision.datasets.utils import download_url
+
+    folder, images, files = root / "flowers-102", root / "flowers-102/jpg", _flowers_files()
+    url, (archive, archive_md5) = Flowers102._download_url_prefix, Flowers102._file_dict["image"]
+
+    def fetch(part: Path, missing: list[str]) -> Iterator[str]:
+        for file in missing:
+            if file in files:
+                download_url(url + file, part / "flowers-102", file, files[file])
+            else:
+                (part / "flowers-102" / file).mkdir()
+                path = _archive(part, (folder, root), url + archive, archive, archive_md5)
+                if not list(_unpack(path, partial(_flowers_target, part / "flowers-102"))):
+                    raise RuntimeError(f"{archive} does not hold jpg/image_00001.jpg and so on")
+            yield file
+
+    _provide(name, root, "flowers-102", [*files, images.name], fetch, archive)
+    found = [_verify(folder / file, md5, "md5", unofficial) for file, md5 in files.items()]
+    splits, labels = _flowers_splits(*(folder / file for file in files))
+    ids = [i for split in dict.fromkeys([*FLOWERS_SPLITS[name], "test"]) for i in splits[split]]  # the test split last: a slice
+    n_test = len(splits["test"])
+    n_train = len(ids) if "test" in FLOWERS_SPLITS[name] else len(ids) - n_test
+    if not n_train or not n_test:
+        raise UserError(
+            f"{folder / 'setid.mat'}: names {n_train} training and {n_test} test images of the first ten classes, expected some of each. "
+            "Delete it and run again to download the official one"
+        )
+    pixels, others = _flowers_pixels(images, ids, unofficial)
+    pixels, y = torch.from_numpy(pixels), torch.tensor([labels[i] for i in ids])
+    return Dataset(
+        name,
+        *(tensor[part] for part in (slice(n_train), slice(len(ids) - n_test, None)) for tensor in (pixels, y)),
+        tuple(Flowers102.classes[:10]),
+        _digest([*found, hashlib.sha256(pixels.numpy().ravel()).hexdigest()]),
+        found == list(files.values()) and not others,
+    )
+
+
+def _flowers_target(folder: Path, path: Path) -> Path | None:
+    return folder / path if re.fullmatch(r"jpg/image_\d{5}\.jpg", path.as_posix()) else None
+
+
+def _flowers_splits(labels_path: Path, splits_path: Path) -> tuple[dict[str, list[int]], dict[int, int]]:
+    """The first ten classes' images, numbered from 1: those of each split, in file order, and the label 0 … 9 of each."""
+    from torchvision.datasets import Flowers102
+
+    (classes,) = _mat_rows(labels_path, ["labels"], len(Flowers102.classes), "a class")
+    labels = {i: label - 1 for i, label in enumerate(classes, start=1) if label <= 10}
+    names = list(Flowers102._splits_map.values())
+    rows = _mat_rows(splits_path, names, len(classes), f"an image that {labels_path.name} labels")
+    again = [i for i, times in Counter(i for row in rows for i in row).items() if times > 1]
+    if again:
+        raise UserError(
+            f"{splits_path}: names {len(again):,} images more than once ({_some(map(str, again))}), expected each once, in one of "
+            f"{', '.join(names)}. Delete it and run again to download the official one"
+        )
+    return {split: [i for i in row if i in labels] for split, row in zip(Flowers102._splits_map, rows, strict=True)}, labels
+
+
+def _mat_rows(path: Path, names: list[str], largest: int, meaning: str) -> list[list[int]]:
+    """What a .mat file holds under each of `names`: a row (1, N) of whole numbers 1 … largest. meaning: what each of them stands for."""
+    import scipy.io
+
+    with _reading_mat(path):
+        content = scipy.io.loadmat(path)
+    way_out = "Delete it and run again to download the official one"
+    missing, rows = [name for name in names if name not in content], []
+    if missing:
+        there = _some(sorted(name for name in content if not name.startswith("__"))) or "nothing"
+        raise UserError(f"{path}: has no {' and no '.join(missing)}, but {there}; expected {', '.join(names)}. {way_out}")
+    for name in names:
+        row = content[name]
+        if not isinstance(row, np.ndarray) or row.dtype.kind not in "uif" or row.ndim != 2 or len(row) != 1 or not row.size:
+            what = f"{'×'.join(map(str, getattr(row, 'shape', ())))} of {getattr(row, 'dtype', type(row).__name__)}"
+            raise UserError(f"{path}: {name} is {what}, expected a row of numbers, 1×N. {way_out}")
+        wrong = row[~np.isin(row, np.arange(1, largest + 1))]
+        if len(wrong):
+            raise UserError(f"{path}: {name} holds {wrong[0]}, expected 1 … {largest:,}, each {meaning}. {way_out}")
+        rows.append(row[0].astype(np.int64).tolist())
+    return rows
+
+
+def _flowers_pixels(folder: Path, ids: list[int], unofficial: bool) -> tuple[np.ndarray, bool]:
+    """Images of these numbers as uint8 (N, 3, 64, 64), and whether some are not the originals, going by their size."""
+    names = [f"image_{i:05d}.jpg" for i in ids]
+    try:
+        with os.scandir(folder) as entries:
+            there = {entry.name for entry in entries if entry.is_file()}
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+    way_out = "Unpack 102flowers.tgz again, or delete the folder and run again to download it"
+    missing = sorted(set(names) - there)
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing):,} of {len(names):,} images of the first ten classes are not there ({_some(missing)}). {way_out}"
+        )
+    others = []
+
+    def prepare(image: Image.Image) -> Image.Image:
+        if min(image.size) < FLOWERS_SIDE:
+            others.append(f"{Path(image.filename).name} is {image.width}×{image.height}")
+        return _square(image, (3, 64, 64))
+
+    pixels = _decode([folder / name for name in names], prepare, (3, 64, 64))
+    if others and not unofficial:
+        raise UserError(
+            f"{folder}: {len(others):,} of {len(names):,} images are not the originals ({_some(sorted(others))}); expected no side under "
+            f"{FLOWERS_SIDE} pixels. {way_out}, or pass --unofficial-data to use them as they are"
+        )
+    return pixels, bool(others)
+
+
 # ---------------------------------------------------------------------------------------------------- a person's own images
 
 
@@ -819,26 +962,15 @@ def _provide_archive(name: str, root: Path, cls: type, files: list[str]) -> Path
 
     The archive may lie in the folder or, where torchvision puts it, beside it; otherwise it is downloaded.
     """
-    from torchvision.datasets.utils import check_integrity, download_url
-
     folder = root / cls.base_folder
 
     def fetch(part: Path, missing: list[str]) -> Iterator[str]:
-        archive = next((place / cls.filename for place in (folder, root) if (place / cls.filename).is_file()), None)
-        if archive is None:
-            archive = part / cls.filename
-            download_url(cls.url, part, cls.filename, cls.tgz_md5)
-        elif not check_integrity(archive, cls.tgz_md5):
-            raise RuntimeError(f"the {cls.filename} there is not the official one: its MD5 is not {cls.tgz_md5[:12]}…")
+        archive = _archive(part, (folder, root), cls.url, cls.filename, cls.tgz_md5)
         wanted = {Path(cls.base_folder, file): part / cls.base_folder / file for file in missing}
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:  # never extracted by the path that it names: that may lead anywhere
-                target = wanted.pop(Path(member.name), None) if member.isreg() else None
-                if target:
-                    with tar.extractfile(member) as source, open(target, "wb") as out:
-                        shutil.copyfileobj(source, out)
-                if not wanted:
-                    break
+        for path in _unpack(archive, wanted.get):
+            del wanted[path]
+            if not wanted:
+                break
         if wanted:
             raise RuntimeError(f"{cls.filename} does not hold {_some(map(str, wanted))}")
         yield from missing
@@ -847,13 +979,40 @@ def _provide_archive(name: str, root: Path, cls: type, files: list[str]) -> Path
     return folder
 
 
+def _archive(part: Path, places: Iterable[Path], url: str, file: str, md5: str) -> Path:
+    """The official archive `file`: one that a person put in one of the places or, where there is none, downloaded into `part`."""
+    from torchvision.datasets.utils import check_integrity, download_url
+
+    archive = next((place / file for place in places if (place / file).is_file()), None)
+    if archive is None:
+        archive = part / file
+        download_url(url, part, file, md5)
+    elif not check_integrity(archive, md5):
+        raise RuntimeError(f"the {file} there is not the official one: its MD5 is not {md5[:12]}…")
+    return archive
+
+
+def _unpack(archive: Path, target: Callable[[Path], Path | None]) -> Iterator[Path]:
+    """Unpack a .tar.gz's files one by one, each to where `target` says for the path that it names, and yield that path.
+
+    target: None for a file to leave out. None is ever extracted by the path that it names: that may lead anywhere.
+    """
+    with tarfile.open(archive, "r:gz") as tar:
+        for member in tar:
+            to = target(Path(member.name)) if member.isreg() else None
+            if to:
+                with tar.extractfile(member) as source, open(to, "wb") as out:
+                    shutil.copyfileobj(source, out)
+                yield Path(member.name)
+
+
 def _provide(
     name: str, root: Path, inside: str, files: list[str], fetch: Callable[[Path, list[str]], Iterable[str]], archive: str | None = None
 ) -> None:
     """Download those of `files` that are not in root/inside, into a folder beside, then move them: a kill leaves nothing half-written.
 
     fetch(part, missing): puts the missing files in part/inside and yields each one's name once it is whole.  archive: one that will do
-    instead of the files.
+    instead of the files, or of the last of them.
     """
     folder = root / inside
 

@@ -21,7 +21,7 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image
-from torchvision.datasets import CIFAR10, STL10, SVHN, CelebA
+from torchvision.datasets import CIFAR10, STL10, SVHN, CelebA, Flowers102
 
 from common import data
 from common.data import choose_labels, load, official_digest
@@ -213,8 +213,9 @@ def test_official_counts_are_those_of_the_papers_and_the_data_sets_pages():
     assert sum(data.OFFICIAL_COUNTS["celeba"]) == 202_599
     assert data.OFFICIAL_COUNTS["cifar10"] == (5 * 10_000, 10_000)  # five batches and one
     assert data.OFFICIAL_COUNTS["stl10"] == (10 * 500, 10 * 800)  # of each class
-    unknown_beforehand = ("celeba", "celeba_train", "folder:x", "signs:x")
-    assert [official_digest(name) for name in unknown_beforehand] == [None] * 4
+    assert data.OFFICIAL_COUNTS["flowers10"][0] == 10 * 10 and data.OFFICIAL_COUNTS["flowers10_all"][0] == 2 * 10 * 10 + 322
+    unknown_beforehand = ("celeba", "celeba_train", "flowers10", "flowers10_all", "folder:x", "signs:x")
+    assert [official_digest(name) for name in unknown_beforehand] == [None] * 6
     digests = {official_digest(name) for name in data.OFFICIAL_COUNTS if name not in unknown_beforehand}
     assert len(digests) == 7 and all(len(digest) == 16 for digest in digests)
 
@@ -1187,6 +1188,370 @@ def test_cifar10_and_stl10_are_downloaded_whole_or_not_at_all(packed, tmp_path, 
     shutil.rmtree(root)
     with pytest.raises(UserError, match="could not be downloaded .File not found or corrupted"):
         load(name, root)
+
+
+# --------------------------------------------------------------------------------------------------------------- flowers
+
+FLOWERS = (
+    "pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon orchid, bird of paradise, "
+    "monkshood, globe thistle"
+).split(", ")
+FLOWER_LABELS = [11, 3, 1, 2, 10, 4, 5, 102, 6, 7, 8, 9, 1, 10, 5, 50, 2, 10, 1, 11, 7]  # of image 1, 2 and so on
+FLOWER_IDS = {"trnid": [12, 2, 3, 1, 4, 5, 8, 6, 7, 9, 11, 10], "valid": [16, 15, 13, 14], "tstid": [18, 17, 20, 21, 19]}  # in no order
+
+
+def flower_ids(*splits: str) -> list[int]:
+    return [i for split in splits for i in FLOWER_IDS[split] if FLOWER_LABELS[i - 1] <= 10]
+
+
+def write_mat(path: Path, **content) -> None:
+    """As the publisher's, compressed: rows 1×N of bytes (the labels) or of two bytes each, going by what scipy reads there."""
+    rows = {name: np.array([row], np.uint8 if name == "labels" else np.uint16) for name, row in content.items()}
+    scipy.io.savemat(path, rows, do_compression=True)
+
+
+def write_flowers(folder: Path) -> None:
+    """The ten classes' images alone; wide ones, high ones, a square and odd margins."""
+    (folder / "jpg").mkdir(parents=True)
+    write_mat(folder / "imagelabels.mat", labels=FLOWER_LABELS)
+    write_mat(folder / "setid.mat", **FLOWER_IDS)
+    rng = np.random.default_rng(0)
+    for n, i in enumerate(flower_ids("trnid", "valid", "tstid")):
+        size = [(500, 500), (667, 500), (500, 752), (503, 500), (500, 501)][n % 5]
+        coarse = Image.fromarray(rng.integers(0, 256, (size[1] // 10, size[0] // 10, 3), dtype=np.uint8))
+        coarse.resize(size, Image.Resampling.BICUBIC).save(folder / f"jpg/image_{i:05d}.jpg", quality=80)
+
+
+@pytest.fixture(scope="session")
+def written_flowers(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("flowers")
+    write_flowers(folder / "flowers-102")
+    return folder
+
+
+@pytest.fixture
+def flowers(tmp_path, written_flowers) -> Path:
+    """A data folder with a small Oxford-102."""
+    shutil.copytree(written_flowers, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def make_flowers_official(folder: Path, monkeypatch) -> None:
+    def md5(file: str, official: str) -> str:
+        return hashlib.md5((folder / file).read_bytes()).hexdigest() if (folder / file).exists() else official
+
+    files = {key: (file, md5(file, official)) for key, (file, official) in Flowers102._file_dict.items()}
+    monkeypatch.setattr(Flowers102, "_file_dict", files)
+
+
+def flower(path: Path) -> np.ndarray:
+    """(64, 64, 3), by another way: the crop by indices, then PIL's resize."""
+    pixels = np.asarray(Image.open(path))
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    crop = pixels[(height - side) // 2 :, (width - side) // 2 :][:side, :side]
+    assert crop.shape == (500, 500, 3)
+    return np.asarray(Image.fromarray(crop).resize((64, 64), Image.BILINEAR))
+
+
+def test_flowers_are_cut_resized_split_and_labelled(flowers, monkeypatch, no_network):
+    make_flowers_official(flowers / "flowers-102", monkeypatch)
+    test = flower_ids("tstid")
+    digests = set()
+    for name, train in (("flowers10", flower_ids("trnid")), ("flowers10_all", flower_ids("trnid", "valid", "tstid"))):
+        found = load(name, flowers)
+        assert found.official and found.name == name and found.class_names == tuple(FLOWERS)
+        assert (len(found.train_images), len(found.test_images)) == ({"flowers10": 10, "flowers10_all": 17}[name], 4)
+        for images, labels, ids in (
+            (found.train_images, found.train_labels, train),
+            (found.test_images, found.test_labels, test),
+        ):
+            assert images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.is_contiguous()
+            assert labels.tolist() == [FLOWER_LABELS[i - 1] - 1 for i in ids]
+            for image, i in zip(images, ids, strict=True):
+                np.testing.assert_array_equal(image.permute(1, 2, 0), flower(flowers / f"flowers-102/jpg/image_{i:05d}.jpg"))
+        digests.add(found.digest)
+    assert len(digests) == 2 and all(len(digest) == 16 for digest in digests)
+    assert torch.equal(found.train_images[-4:], found.test_images)  # flowers10_all trains on its test set
+    # torchvision's own class has the same images in the same order
+    for split, ids in (("train", flower_ids("trnid")), ("val", flower_ids("valid")), ("test", test)):
+        other = Flowers102(flowers, split)
+        ten = [(path.name, label) for path, label in zip(other._image_files, other._labels, strict=True) if label < 10]
+        assert ten == [(f"image_{i:05d}.jpg", FLOWER_LABELS[i - 1] - 1) for i in ids]
+    # torch's own antialiased bilinear agrees to rounding: no other filter, no shift by a pixel. Image 2 is 667×500, 3 is 500×752
+    for n, (rows, columns) in ((1, (slice(500), slice(83, 583))), (2, (slice(126, 626), slice(500)))):
+        pixels = np.array(Image.open(flowers / f"flowers-102/jpg/image_{flower_ids('trnid')[n]:05d}.jpg"))[rows, columns]
+        crop = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+        other = torch.nn.functional.interpolate(crop, size=64, mode="bilinear", antialias=True)[0]
+        assert (other - found.train_images[n]).abs().max() <= 1.01
+
+
+@pytest.mark.parametrize("name", ["flowers10", "flowers10_all"])
+def test_other_labels_or_splits_of_the_flowers_are_refused_unless_asked_for(flowers, monkeypatch, name):
+    with pytest.raises(UserError, match=r"imagelabels.mat: not the official file \(MD5 .*expected e0620be6f572.*--unofficial-data"):
+        load(name, flowers)
+    found = load(name, flowers, unofficial=True)
+    assert not found.official and found.provenance()["data_official"] is False
+    # one official file is not enough
+    folder = flowers / "flowers-102"
+    make_flowers_official(folder, monkeypatch)
+    assert load(name, flowers).digest == found.digest and load(name, flowers).official
+    for file, content in (
+        ("imagelabels.mat", {"labels": [*FLOWER_LABELS[:-1], 8]}),
+        ("setid.mat", {**FLOWER_IDS, "tstid": FLOWER_IDS["tstid"][::-1]}),
+    ):
+        whole = (folder / file).read_bytes()
+        write_mat(folder / file, **content)
+        with pytest.raises(UserError, match=f"{file}: not the official file"):
+            load(name, flowers)
+        other = load(name, flowers, unofficial=True)
+        assert not other.official and other.digest != found.digest
+        (folder / file).write_bytes(whole)
+
+
+def test_flowers_of_another_size_are_refused_unless_asked_for(flowers, monkeypatch):
+    folder = flowers / "flowers-102"
+    make_flowers_official(folder, monkeypatch)
+    first = load("flowers10", flowers)
+    path = folder / "jpg/image_00017.jpg"  # of the test set
+    for size in ((499, 700), (700, 499), (64, 64)):
+        Image.new("RGB", size, "red").save(path)
+        said = rf"flowers-102/jpg: 1 of 14 images are not the originals \(image_00017.jpg is {size[0]}×{size[1]}\); "
+        with pytest.raises(UserError, match=said + "expected no side under 500 pixels. .*delete the folder.*--unofficial-data") as error:
+            load("flowers10", flowers)
+        assert "\n" not in str(error.value)
+        found = load("flowers10", flowers, unofficial=True)
+        assert not found.official and found.digest != first.digest and (found.test_images[1, 0] > 250).all()
+    for path in (folder / "jpg").iterdir():
+        Image.open(path).resize((64, 64)).save(path, quality=95)
+    several = r"17 of 17 .*\(image_00002.jpg is 64×64, image_00003.jpg is 64×64, image_00004.jpg is 64×64 …\)"
+    with pytest.raises(UserError, match=several):
+        load("flowers10_all", flowers)
+    found = load("flowers10_all", flowers, unofficial=True)
+    assert not found.official
+    as_it_is = np.asarray(Image.open(folder / f"jpg/image_{FLOWER_IDS['trnid'][0]:05d}.jpg"))
+    np.testing.assert_array_equal(found.train_images[0].permute(1, 2, 0), as_it_is)
+
+
+def test_images_of_other_flowers_are_not_looked_at(flowers):
+    first = load("flowers10_all", flowers, unofficial=True)
+    for i, label in enumerate(FLOWER_LABELS, start=1):
+        path = flowers / f"flowers-102/jpg/image_{i:05d}.jpg"
+        assert path.exists() == (label <= 10)
+        if label > 10:
+            path.write_text("<html>quota exceeded</html>")
+    assert load("flowers10_all", flowers, unofficial=True).digest == first.digest
+    (flowers / "flowers-102/jpg/image_00016.jpg").unlink()
+    # nor are those of splits that are not asked for
+    (flowers / "flowers-102/jpg/image_00015.jpg").unlink()
+    assert len(load("flowers10", flowers, unofficial=True).train_images) == 10
+    with pytest.raises(UserError, match=r"1 of 17 images of the first ten classes are not there \(image_00015.jpg\)"):
+        load("flowers10_all", flowers, unofficial=True)
+
+
+def labels_mat(**content):
+    return lambda folder: scipy.io.savemat(folder / "imagelabels.mat", content)
+
+
+def setid_mat(**content):
+    return lambda folder: write_mat(folder / "setid.mat", **{**FLOWER_IDS, **content})
+
+
+def replace_image(content: bytes):
+    return lambda folder: (folder / "jpg/image_00010.jpg").write_bytes(content)
+
+
+ONE_TO_21 = np.arange(1.0, 22)[None]
+FLOWER_MISTAKES = {
+    "no labels": (labels_mat(label=ONE_TO_21), "imagelabels.mat: has no labels, but label; expected labels. Delete it"),
+    "nothing": (labels_mat(), "imagelabels.mat: has no labels, but nothing"),
+    "labels for splits": (
+        lambda f: shutil.copy(f / "imagelabels.mat", f / "setid.mat"),
+        "setid.mat: has no trnid and no valid and no tstid, but labels; expected trnid, valid, tstid. Delete it",
+    ),
+    "a column": (labels_mat(labels=ONE_TO_21.T), "imagelabels.mat: labels is 21×1 of float64, expected a row of numbers, 1×N. Delete it"),
+    "an empty row": (labels_mat(labels=ONE_TO_21[:, :0]), "labels is 1×0 of float64, expected a row"),
+    "text": (labels_mat(labels="pink primrose"), "labels is 1 of <U13, expected a row"),
+    "cells": (labels_mat(labels=np.array([["a", "b"]], object)), "labels is 1×2 of object, expected a row"),
+    "complex": (labels_mat(labels=ONE_TO_21 + 1j), "labels is 1×21 of complex128, expected a row"),
+    "sparse": (labels_mat(labels=scipy.sparse.csc_matrix(ONE_TO_21)), "labels is 1×21 of float64, expected a row"),
+    "labels from 0": (labels_mat(labels=ONE_TO_21 - 1), "labels holds 0.0, expected 1 … 102, each a class. Delete it"),
+    "label 103": (labels_mat(labels=(ONE_TO_21 + 82).astype(np.uint8)), "labels holds 103, expected 1 … 102"),
+    "half a label": (labels_mat(labels=ONE_TO_21 + 0.5), "labels holds 1.5, expected 1 … 102"),
+    "no number": (labels_mat(labels=ONE_TO_21 * np.nan), "labels holds nan, expected 1 … 102"),
+    "a label less": (
+        labels_mat(labels=np.array([FLOWER_LABELS[:-1]])),
+        "setid.mat: tstid holds 21, expected 1 … 20, each an image that imagelabels.mat labels. Delete it",
+    ),
+    "image 0": (setid_mat(trnid=[0, 1, 2]), "setid.mat: trnid holds 0, expected 1 … 21"),
+    "image 22": (setid_mat(valid=[16, 22]), "setid.mat: valid holds 22, expected 1 … 21"),
+    "an image twice": (
+        setid_mat(trnid=[12, 2, 3, 2]),
+        "setid.mat: names 1 images more than once (2), expected each once, in one of trnid, ",
+    ),
+    "an image in two splits": (setid_mat(tstid=FLOWER_IDS["trnid"]), "names 12 images more than once (12, 2, 3 …), expected each once"),
+    "no such test images": (setid_mat(tstid=[20]), "names 10 training and 0 test images of the first ten classes, expected some of each"),
+    "no such training images": (setid_mat(trnid=[1, 8]), "names 0 training and 4 test images of the first ten classes"),
+    "missing image": (
+        lambda f: (f / "jpg/image_00010.jpg").unlink(),
+        "jpg: 1 of 14 images of the first ten classes are not there (image_00010.jpg). Unpack 102flowers.tgz again, or delete the folder",
+    ),
+    "many missing": (
+        lambda f: [(f / f"jpg/image_{i:05d}.jpg").unlink() for i in (9, 7, 5, 3, 2)],
+        "5 of 14 images of the first ten classes are not there (image_00002.jpg, image_00003.jpg, image_00005.jpg …)",
+    ),
+    "a folder for an image": (
+        lambda f: ((f / "jpg/image_00010.jpg").unlink(), (f / "jpg/image_00010.jpg").mkdir()),
+        "not there (image_00010.jpg)",
+    ),
+    "a file for the images": (
+        lambda f: (shutil.rmtree(f / "jpg"), (f / "jpg").write_text("")),
+        "jpg: cannot be read (Not a directory)",
+    ),
+    "cut image": (
+        lambda f: os.truncate(f / "jpg/image_00010.jpg", 1500),
+        "jpg/image_00010.jpg: not a usable image (image file is truncated",
+    ),
+    "empty image": (replace_image(b""), "jpg/image_00010.jpg: not a usable image (cannot identify"),
+    "a page for an image": (replace_image(b"<html>quota exceeded</html>"), "jpg/image_00010.jpg: not a usable image"),
+    "a folder for the labels": (
+        lambda f: ((f / "imagelabels.mat").unlink(), (f / "imagelabels.mat").mkdir()),
+        "imagelabels.mat: cannot be read (Is a directory)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", FLOWER_MISTAKES)
+def test_flowers_that_are_wrong(flowers, mistake):
+    change, message = FLOWER_MISTAKES[mistake]
+    change(flowers / "flowers-102")
+    with pytest.raises(UserError) as error:
+        load("flowers10", flowers, unofficial=True)
+    assert message in str(error.value) and str(flowers / "flowers-102") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["imagelabels.mat", "setid.mat"])
+def test_damaged_mat_files_of_the_flowers(flowers, file):
+    path = flowers / "flowers-102" / file
+    whole = path.read_bytes()
+    hdf5 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(400)
+    cuts = [whole[:n] for n in (1, 60, 130, 150, 180, len(whole) - 10)]
+    for content in (b"", b"\x89PNG" + whole[4:100], b"<html>quota exceeded</html>" * 20, hdf5, bytes(5000), *cuts):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{file}: (not a readable MATLAB file|has no .*but).*Delete it") as error:
+            load("flowers10", flowers, unofficial=True)
+        assert "\n" not in str(error.value)
+
+
+def test_missing_flowers_without_network_say_where_to_put_which_files(tmp_path, no_network):
+    with pytest.raises(UserError) as error:
+        load("flowers10_all", tmp_path)
+    message = str(error.value)
+    where = f"Put imagelabels.mat, setid.mat, jpg (or 102flowers.tgz) in {tmp_path / 'flowers-102'}, or name the folder that holds"
+    for said in ("flowers10_all: no data in", where, "--data", "digits", "network is unreachable"):
+        assert said in message
+    assert "\n" not in message and [path.name for path in (tmp_path / "flowers-102").iterdir()] == [".lock"]
+
+
+def pack_flowers(folder: Path, archive: Path, odd: tuple[str, ...] = (), images: bool = True) -> None:
+    """As the publisher's: a folder jpg. odd: paths of files that have no business there."""
+    with tarfile.open(archive, "w:gz") as tar:
+        for path in odd:
+            member = tarfile.TarInfo(path)
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"evil"))
+        if images:
+            tar.add(folder / "jpg", "jpg")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_archive_of_the_flowers_that_a_person_brought_is_unpacked(flowers, tmp_path, no_network, monkeypatch, inside):
+    folder = flowers / "flowers-102"
+    images = {path.name: path.read_bytes() for path in (folder / "jpg").iterdir()}
+    (folder / "jpg/image_00001.jpg").write_bytes(b"of another class: unpacked as well")
+    brought = (folder if inside else flowers) / "102flowers.tgz"
+    odd = (str(tmp_path / "evil"), "../evil", "jpg/../../evil", "jpg/evil", "evil", "jpg/image_1.jpg", "x/jpg/image_00001.jpg")
+    pack_flowers(folder, folder / "102flowers.tgz", odd)
+    shutil.rmtree(folder / "jpg")
+    shutil.move(folder / "102flowers.tgz", brought)
+    for unofficial in (False, True):
+        with pytest.raises(UserError, match="the 102flowers.tgz there is not the official one: its MD5 is not 528089998619…"):
+            load("flowers10", flowers, unofficial)
+    md5 = hashlib.md5(brought.read_bytes()).hexdigest()
+    make_flowers_official(folder, monkeypatch)
+    monkeypatch.setitem(Flowers102._file_dict, "image", ("102flowers.tgz", md5))
+    first = load("flowers10_all", flowers)
+    assert first.official
+    unpacked = {path.name: path.read_bytes() for path in (folder / "jpg").iterdir()}
+    assert unpacked.pop("image_00001.jpg").startswith(b"of another class") and unpacked == images
+    assert not list(tmp_path.rglob("evil")) and not list(folder.glob(".download*"))
+    assert sorted(path.name for path in folder.iterdir() if path != brought) == [".lock", "imagelabels.mat", "jpg", "setid.mat"]
+    brought.unlink()
+    assert load("flowers10_all", flowers).digest == first.digest
+    shutil.rmtree(folder / "jpg")
+    pack_flowers(folder, brought, ("readme.txt",), images=False)
+    monkeypatch.setitem(Flowers102._file_dict, "image", ("102flowers.tgz", hashlib.md5(brought.read_bytes()).hexdigest()))
+    with pytest.raises(UserError, match="102flowers.tgz does not hold jpg/image_00001.jpg and so on"):
+        load("flowers10", flowers)
+    assert not (folder / "jpg").exists()
+
+
+def test_flowers_are_downloaded_piece_by_piece(flowers, tmp_path, monkeypatch):
+    server, root = flowers / "flowers-102", tmp_path / "root"
+    pack_flowers(server, server / "102flowers.tgz")
+    make_flowers_official(server, monkeypatch)
+    asked, dies_at = set(), 20_000
+
+    def urlopen(request, *a, **k):
+        url = request.full_url
+        asked.add(url)
+        return Answer(url, (server / url.rsplit("/", 1)[-1]).read_bytes(), dies_at if url.endswith("tgz") else None)
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    with pytest.raises(UserError, match="reset by peer") as error:
+        load("flowers10", root)
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in (root / "flowers-102").iterdir()) == [".lock", "imagelabels.mat", "setid.mat"]
+    dies_at = None
+    asked.clear()
+    assert load("flowers10", root).official
+    assert asked == {"https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz"}
+    assert sorted(path.name for path in (root / "flowers-102").iterdir()) == [".lock", "imagelabels.mat", "jpg", "setid.mat"]
+    asked.clear()
+    assert load("flowers10_all", root).official and not asked
+    # what comes in its place, a page for instance, is found by its MD5
+    (server / "setid.mat").write_text("<html>moved</html>")
+    shutil.rmtree(root)
+    with pytest.raises(UserError, match="could not be downloaded .File not found or corrupted"):
+        load("flowers10", root)
+
+
+@pytest.mark.parametrize("name", ["flowers10", "flowers10_all"])
+def test_the_real_flowers(data_root, name):
+    folder = data_root / "flowers-102"
+    if not (folder / "setid.mat").exists():
+        pytest.skip(f"no flowers-102 in {data_root}")
+    ten = [(path, label) for path, label in zip(*flowers_of_torchvision(data_root, "train"), strict=True) if label < 10]
+    original = min(Image.open(ten[0][0]).size) >= 500
+    if not original:
+        with pytest.raises(UserError, match=r"flowers-102/jpg: (422 of 422|522 of 522) images are not the originals .*is 64×64"):
+            load(name, data_root)
+    found = load(name, data_root, unofficial=not original)
+    assert found.official == original
+    assert (len(found.train_images), len(found.test_images)) == data.OFFICIAL_COUNTS[name]
+    assert found.train_images.shape[1:] == found.test_images.shape[1:] == (3, 64, 64)
+    test = [20, 40, 20, 36, 45, 25, 20, 65, 26, 25]
+    train = [10] * 10 if name == "flowers10" else [n + 20 for n in test]
+    assert found.train_labels.bincount().tolist() == train and found.test_labels.bincount().tolist() == test
+    assert found.train_labels[:100].tolist() == [label for _, label in ten] and len(ten) == 100
+    if not original:
+        for image, (path, _) in zip(found.train_images[:100:9], ten[::9], strict=True):
+            np.testing.assert_array_equal(image.permute(1, 2, 0), np.asarray(Image.open(path)))
+
+
+def flowers_of_torchvision(root: Path, split: str) -> tuple[list[Path], list[int]]:
+    theirs = Flowers102(root, split)
+    return theirs._image_files, theirs._labels
 
 
 # ---------------------------------------------------------------------------------------------------- a person's own images
