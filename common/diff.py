@@ -176,6 +176,19 @@ class Sample:
         return f"{statistics.fmean(self.values) - entry.value:+.3g}" if self.values else "–"
 
 
+def counted(paper: str, entry: Entry, config) -> list[str] | None:
+    """Reference, difference and verdict of a number that needs no training, since the networks as built have it; else None.
+
+    Such are the `counts` that the module of a config gives.
+    """
+    module = run.module_of(paper, {"module": getattr(config, "module", "train")})
+    found = module.counts(config) if entry.better == "equal" and hasattr(module, "counts") else {}
+    if entry.metric not in found:
+        return None
+    value = found[entry.metric]
+    return [f"{value:,} (as built)", f"{value - entry.value:+,}", verdict([value], entry)]
+
+
 def sample(records: Iterable[dict], config, metric: str) -> Sample:
     """The comparable values of `metric` among the records. config: the committed one."""
     reasons = {id(record): not_comparable(record, config) for record in records}
@@ -254,9 +267,13 @@ def table(paper: str, mine: dict[str, list[dict]] | None, only: str | None = Non
                 continue
             config, needs = configs[experiment], entry.needs
             spread = f" ± {entry.spread:g}" if entry.spread is not None else ""
-            row = [entry.where, entry.system, experiment, f"{entry.value:g}{spread}{f' {entry.unit}' if entry.unit else ''}"]
+            value = f"{entry.value:,}" if isinstance(entry.value, int) else f"{entry.value:g}"
+            row = [entry.where, entry.system, experiment, f"{value}{spread}{f' {entry.unit}' if entry.unit else ''}"]
             if config is None:
                 rows.append([*row, "–", "–", *(["–"] if mine is not None else []), f"not run: to be written; needs {needs}"])
+                continue
+            if known := counted(paper, entry, config):
+                rows.append([*row, *known[:2], *(["–"] if mine is not None else []), known[2]])
                 continue
             found = sample(reference.get(experiment, []), config, entry.metric)
             best = f"; best seed {found.best(entry):.4g}" if entry.show_best and len(found.values) > 1 else ""
@@ -397,7 +414,7 @@ def as_text(rows: list[list[str]]) -> str:
 
 
 def as_markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
