@@ -1,0 +1,194 @@
+"""Every table and figure of the responsibility paper that one trained run gives.
+
+    python -m gan_responsibility.eval mnist --seed 0 --data data
+
+Writes eval.json and figures/ into the run's folder. Table 6's scores need the Inception weights; without them they are left out.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from common import inception, plots, run
+from common.data import Dataset, load
+from common.metrics import contingency, frechet_distance, moments
+from gan_responsibility.model import entropy_share
+from gan_responsibility.scores import Scorer
+from gan_responsibility.train import Task, all_responsibilities, clustering, drawn_from, mode_weights, sampled, system_of
+
+STEPS = 9  # images from one Gaussian to another, Fig. 2; along a side of the triangle, Fig. 3
+CURVES = ("d_loss", "g_loss", "information", "alpha_entropy", "largest_weight", "accuracy", "nmi", "inception_score", "fid")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained run."""
+
+    config: Task
+    system: ModuleType  # gan_responsibility.train or gan_responsibility.gan
+    networks: dict[str, nn.Module]
+    state: dict  # the checkpoint
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.networks["generator"].parameters()).device
+
+    def responsibilities(self, images: Tensor) -> Tensor:
+        """p(k|x), (N, K), of uint8 images (N, C, H, W)."""
+        return all_responsibilities(self.system, self.networks, images.to(self.device))
+
+    def sample(self, weights: Tensor, seed: int = 0, same_noise: bool = False) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] from weights of the Gaussians (N, K); same_noise: one ε for all (Sec. 3.2)."""
+        noise = run.generator(seed, "sample")
+        if not same_noise:
+            return (sampled(self.system, self.networks, self.config, weights, noise) + 1) / 2
+        epsilon = torch.randn(1, self.config.latent_dim, generator=noise).expand(len(weights), -1)
+        with torch.no_grad():
+            made = self.system.generate(self.networks, epsilon.to(self.device), weights.to(self.device)).cpu()
+        return (made + 1) / 2
+
+
+def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Trained:
+    """The run in `folder`, as far as its last checkpoint. Raises UserError where there is none, or it is damaged."""
+    state = run.load_checkpoint(Path(folder) / "checkpoint.pt")
+    if state is None:
+        raise run.UserError(f"{folder}: no trained run here (no checkpoint.pt)")
+    system = system_of(state["config"])
+    config = run.make_config(system.Config, state["config"], str(folder))
+    networks = system.build(config)
+    for name, network in networks.items():
+        network.load_state_dict(state["networks"][name])
+        network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return Trained(config, system, networks, state)
+
+
+def evaluate(options: run.Options, weights: Path | None = None) -> dict:
+    """Evaluate one run: its metrics, written to eval.json, and its figures. weights: the Inception file, if named."""
+    device, folder = run.set_up(options), options.folder("gan_responsibility")
+    trained = load_run(folder, device)
+    data = load(trained.config.dataset, options.data, options.unofficial_data)
+    if data.digest != trained.state["identity"]["data_digest"]:
+        raise run.UserError(f"{folder}: trained on {data.name} with digest {trained.state['identity']['data_digest']}, found {data.digest}")
+    metrics = dict(trained.system.counts(trained.config))
+    if hasattr(trained.system, "responsibilities"):
+        metrics |= what_c_learned(trained, data)
+    scorer = Scorer.find(data, options.runs / "cache", device, weights)
+    if scorer:
+        metrics |= table_6(trained, data, scorer, options.seed)
+    result = {
+        "experiment": options.experiment,
+        "seed": options.seed,
+        "metrics": metrics,
+        "config": dataclasses.asdict(trained.config),
+        "config_hash": run.config_hash(trained.config),
+        "provenance": run.provenance(trained.state) | {"evaluation": run.session(device)},
+    }
+    run.write_json(folder / "eval.json", result)
+    figures(trained, folder / "figures", options.seed)
+    return result
+
+
+def what_c_learned(trained: Trained, data: Dataset) -> dict[str, float]:
+    """The claims of Sec. 1, measured: does argmax p(k|x) give the classes, and do the mean responsibilities give their frequencies?
+
+    ACC and NMI on the test images, and (_train) the training images; the entropy of p(k|x) on the test images as a share of log K; the
+    largest mean responsibility; and half the sum of |learned weight - true frequency| over the classes, Gaussians and classes paired as
+    ACC pairs them (0: the weights are right).
+    """
+    alpha = trained.responsibilities(data.test_images)
+    found = clustering(alpha, data.test_labels, data.n_classes)
+    found |= {"alpha_entropy": entropy_share(alpha).item(), "largest_weight": alpha.mean(0).max().item()}
+    on_train = trained.responsibilities(data.train_images)
+    found |= {f"{name}_train": value for name, value in clustering(on_train, data.train_labels, data.n_classes).items()}
+    if alpha.shape[1] == data.n_classes:
+        found["weight_error"] = weight_error(on_train, data.train_labels)
+    return found
+
+
+def weight_error(alpha: Tensor, labels: Tensor) -> float:
+    """Total variation between the mean of alpha (N, K) and the class frequencies of labels (N,), under ACC's pairing of K with N = K."""
+    from scipy.optimize import linear_sum_assignment
+
+    k = alpha.shape[1]
+    _, paired = linear_sum_assignment(contingency(alpha.argmax(1), labels, k, k).numpy(), maximize=True)
+    frequencies = labels.bincount(minlength=k).double() / len(labels)
+    return 0.5 * (alpha.double().mean(0) - frequencies[torch.from_numpy(paired)]).abs().sum().item()
+
+
+def table_6(trained: Trained, data: Dataset, scorer: Scorer, seed: int) -> dict[str, float]:
+    """Inception Score and FID of the last epoch, and the best of those noted while training, which is what the table prints.
+
+    fid_halves: the FID between two random halves of all real images: how much of a FID is due to so few of them.
+    """
+    weights = mode_weights(trained.system, trained.networks, trained.config, data.train_images.to(trained.device))
+    found = scorer.scores(lambda n: drawn_from(trained.system, trained.networks, trained.config, weights, n, seed))
+    rows = [row for row in trained.state["rows"] if "fid" in row]
+    if rows:
+        found |= {"inception_score_best": max(row["inception_score"] for row in rows), "fid_best": min(row["fid"] for row in rows)}
+    everything = torch.cat([data.train_images, data.test_images])
+    features = inception.features(scorer.features, everything)[torch.randperm(len(everything), generator=run.generator(seed, "halves"))]
+    found["fid_halves"] = frechet_distance(*(moments(half) for half in features.tensor_split(2)))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def figures(trained: Trained, folder: Path, seed: int) -> None:
+    """Samples of each Gaussian and the way from one to the next (Fig. 2), three Gaussians (Fig. 3), the course of training (Fig. 4)."""
+    k, rows = trained.config.components, trained.state["rows"]
+    names = [name for name in CURVES if any(name in row for row in rows)]
+    curves = {name: [(row["epoch"], row[name]) for row in rows if name in row] for name in names}
+    plots.save_curves({name: tuple(zip(*points, strict=True)) for name, points in curves.items()}, folder / "training.png", "epoch")
+    own = torch.eye(k)
+    labels = [f"Gaussian {i}" for i in range(k)]
+    made = trained.sample(own.repeat_interleave(10, 0), seed)
+    plots.save_labelled_grid(made, folder / "samples.png", 10, "Samples (Fig. 2, left)", labels)
+    if "mixture" not in trained.networks or k < 3:
+        return
+    t = torch.linspace(0, 1, STEPS)[:, None]
+    lines = torch.cat([own[i] + t * (own[(i + 1) % k] - own[i]) for i in range(k)])
+    labels = [f"{i} to {(i + 1) % k}" for i in range(k)]
+    made = trained.sample(lines, seed, same_noise=True)
+    plots.save_labelled_grid(made, folder / "interpolations.png", STEPS, "From Gaussian to Gaussian, the same ε (Fig. 2, right)", labels)
+    made = trained.sample(triangle(k), seed, same_noise=True)
+    plots.save_labelled_grid(made, folder / "triangle.png", STEPS, "Between Gaussians 0 (top left), 1 (right) and 2 (below) (Fig. 3)")
+
+
+def triangle(k: int) -> Tensor:
+    """Weights (STEPS², K) on a square grid: Gaussian 1's grows to the right, 2's downwards, and 0 has the rest.
+
+    Beyond the diagonal nothing is left for 0, and the two share all of it.
+    """
+    side = torch.linspace(0, 1, STEPS)
+    down, right = torch.meshgrid(side, side, indexing="ij")
+    total = (down + right).clamp(min=1)
+    weights = torch.zeros(STEPS, STEPS, k)
+    weights[..., 1], weights[..., 2] = right / total, down / total
+    weights[..., 0] = (1 - down - right).clamp(min=0)
+    return weights.flatten(0, 1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = run.Parser(prog="python -m gan_responsibility.eval")
+    run.add_options(parser, "gan_responsibility")
+    parser.add_argument("--inception", type=run.as_path, help="the Inception weights; default: torch's hub folder, downloaded once")
+    namespace = vars(parser.parse_all(argv))
+    weights = namespace.pop("inception")
+    options = run.Options(**namespace)
+    run.check_experiment("gan_responsibility", options.experiment)
+    result = evaluate(options, weights)
+    folder = options.folder("gan_responsibility")
+    done, asked = result["provenance"]["epochs"], result["config"]["epochs"]
+    print(f"gan_responsibility {options.experiment}, seed {options.seed}, {done} of {asked} epochs on {result['provenance']['data']}:")
+    for name, value in result["metrics"].items():
+        print(f"  {name:<34}{value:.7g}")
+    print(f"numbers in {folder / 'eval.json'}, pictures in {folder / 'figures'}; next: make diff")
+
+
+if __name__ == "__main__":
+    run.exit_with(main)

@@ -1,0 +1,391 @@
+"""GAN-based Gaussian mixture model responsibility learning (ICLR 2020 submission HJgEe1SKPr). Algorithm 1, for a batch at once.
+
+    python -m gan_responsibility.train mnist --seed 0 --data data
+
+Run it again to resume; `--describe` prints what would be trained. The same loop trains the two baselines, gan.py.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from common import run
+from common.data import load
+from common.metrics import clustering_accuracy, contingency, normalised_mutual_information
+from common.plots import save_grid
+from common.run import Count, NonNegative, Positive, Range
+from gan_responsibility import model
+from gan_responsibility.model import Mixture, discriminator_loss, entropy_share, generator_loss, information_loss
+from gan_responsibility.scores import Scorer
+
+__all__ = ["Config", "build", "counts", "examples", "generate", "players", "responsibilities", "train_step"]  # what every system brings
+
+SETS = {  # data set: image shape, classes; None: the number is found in the folder
+    "digits": ((1, 28, 28), 10),
+    "mnist": ((1, 28, 28), 10),
+    "fashion_mnist": ((1, 28, 28), 10),
+    "cifar10": ((3, 32, 32), 10),
+    "flowers10": ((3, 64, 64), 10),
+    "flowers10_all": ((3, 64, 64), 10),
+    "folder": ((1, 28, 28), None),
+    "folder_colour": ((3, 64, 64), None),
+}
+COLLAPSED = 0.99  # α is said to have collapsed beyond this
+
+
+@dataclass(frozen=True)
+class Task:
+    """What any system learns from, and how it is stepped. The values' sources stand in configs/*.yaml, the choices in the ledger."""
+
+    dataset: str = "mnist"  # one of SETS; folder:<path> and folder_colour:<path> are a person's own. Pixels to [-1, 1]
+    networks: Literal["count_matched", "as_printed"] = "count_matched"  # the reading of Table 3
+    n_components: Count | None = 10  # K; None: as many as the data have classes
+    latent_dim: Count = 100  # D_z
+    mean_range: NonNegative = 0.1  # μ_k ~ U[-this, this]^D_z at first
+    deviation: Positive = 0.15  # A_k = this · I at first
+    batch: Annotated[int, Range(2)] = 64  # M, real images a step; an epoch's last batch may be smaller
+    learning_rate: Positive = 2.0e-4  # γ, Adam's, constant
+    beta1: NonNegative = 0.5  # Adam's; its second one is 0.999
+    epochs: Count = 200  # passes over the training set
+    score_every: Count = 10  # epochs between Inception Scores and FIDs, where the Inception weights are at hand
+
+    def __post_init__(self):
+        kind, _, path = self.dataset.partition(":")
+        if kind not in SETS or (path != "") != (SETS[kind][1] is None):
+            names = ", ".join(f"{name}:<path>" if n is None else name for name, (_, n) in SETS.items())
+            raise ValueError(f"dataset: {self.dataset!r} is not one of {names}")
+        if self.beta1 >= 1:
+            raise ValueError(f"beta1: {self.beta1} is out of range; allowed: below 1")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return SETS[self.dataset.partition(":")[0]][0]
+
+    @property
+    def components(self) -> int:
+        """K; 2 where it stands in a folder that was not read yet."""
+        return self.n_components or SETS[self.dataset.partition(":")[0]][1] or 2
+
+
+@dataclass(frozen=True)
+class Config(Task):
+    classifier: Literal["shared", "standalone"] = "shared"  # C: a layer on D's features, or a network of its own
+    saturating: bool = False  # G minimises log(1 - D), else -log D
+    target: Literal["alpha", "component"] = "alpha"  # of eq. (4): the real image's α_i for every k, or k itself
+    information_moves: Literal["classifier", "all"] = "classifier"  # Algorithm 1, line 13; or G, μ and A as well, Sec. 2.4
+    adversarial_moves_classifier: bool = True  # through α, Algorithm 1, line 12
+    alpha_in_information: Literal["fixed", "trained"] = "fixed"  # whether eq. (4) reaches C through the real images' α too
+    microbatch: Annotated[int, Range(0)] = 0  # real images whose fakes D and C see at once; 0: all M
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.microbatch and self.networks == "as_printed":
+            raise ValueError("microbatch: the printed discriminator normalises over the batch, which cannot be cut; use count_matched")
+
+
+def build(config: Config) -> dict[str, nn.Module]:
+    """Every trained part by name. D is encoder and discriminator; with a shared classifier that encoder serves both."""
+    classifier = model.shared_classifier if config.classifier == "shared" else model.standalone_classifier
+    networks = {
+        "mixture": Mixture(config.components, config.latent_dim, config.mean_range, config.deviation),
+        "generator": model.generator(config.shape, config.latent_dim),
+        "encoder": model.encoder(config.shape, config.networks),
+        "discriminator": model.discriminator(config.shape),
+        "classifier": classifier(config.shape, config.components),
+    }
+    for network in networks.values():
+        model.initialise(network)
+    return networks
+
+
+def counts(config: Config) -> dict[str, float]:
+    """Table 6's numbers of parameters. as_counted: as the table counts a stand-alone classifier, with the shared one's head for its own."""
+    networks = build(config)
+    total = sum(p.numel() for network in networks.values() for p in network.parameters())
+    if config.classifier == "shared":
+        return {"parameters": total, "parameters_as_counted": total}
+    own = sum(p.numel() for p in networks["classifier"][-1].parameters())
+    shared = sum(p.numel() for p in model.shared_classifier(config.shape, config.components).parameters())
+    return {"parameters": total, "parameters_as_counted": total - own + shared}
+
+
+def examples(config: Config) -> dict[str, Tensor]:
+    """An input for each network that is called, for `--describe`."""
+    image, h = torch.zeros(2, *config.shape), torch.zeros(2, model.features(config.shape))
+    return {
+        "mixture": torch.zeros(2, config.components, config.latent_dim),
+        "generator": torch.zeros(2, config.latent_dim),
+        "encoder": image,
+        "discriminator": h,
+        "classifier": h if config.classifier == "shared" else image,
+    }
+
+
+def players(networks: dict[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
+    """The parameters of each optimiser. The shared encoder belongs to D."""
+    names = {"discriminator": ("encoder", "discriminator"), "generator": ("generator", "mixture"), "classifier": ("classifier",)}
+    return {player: [p for name in parts for p in networks[name].parameters()] for player, parts in names.items()}
+
+
+class Batch(NamedTuple):
+    """What a training step gets."""
+
+    real: Tensor  # (M, C, H, W) in [-1, 1]
+    noise: torch.Generator  # its own for each step, on the device
+
+
+# ------------------------------------------------------------------------------------------------------------ Algorithm 1
+
+
+def train_step(
+    networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], batch: Batch, config: Config, precision: str = "fp32"
+) -> dict[str, Tensor]:
+    """One iteration of Algorithm 1 for the whole batch. All gradients are taken before any step. Returns losses, on the device.
+
+    alpha_entropy: see `entropy_share`; largest_weight: the largest of the K means of α over the batch. Both near 1: α has collapsed.
+    """
+    found, terms = gradients(networks, batch, config, precision)
+    mine = players(networks)
+    for player, optimizer in optimizers.items():
+        for p, gradient in zip(mine[player], found[player], strict=True):
+            p.grad = gradient
+        optimizer.step()  # lines 11 to 13
+    return terms
+
+
+def gradients(
+    networks: dict[str, nn.Module], batch: Batch, config: Config, precision: str = "fp32"
+) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+    """The gradient of each player's losses in its parameters, and the losses (means over the M images).
+
+    The fakes of all images are generated in one pass, so that batch normalisation sees them all; D and C then work on the fakes of
+    `microbatch` images at a time. What G, μ, A and C are owed is gathered where the parts are joined, at the fakes and at α.
+    """
+    m, k, device = len(batch.real), config.components, batch.real.device
+    mine = players(networks)
+    sums = {player: [torch.zeros_like(p) for p in parameters] for player, parameters in mine.items()}
+    totals = {name: torch.zeros((), device=device) for name in ("d_loss", "g_loss", "information")}
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    def add(player: str, given: tuple[Tensor, ...]) -> None:
+        sums[player] = [total + gradient for total, gradient in zip(sums[player], given, strict=True)]
+
+    with mixed:
+        h_real, logits = look(networks, batch.real, config)
+        alpha = logits.softmax(-1)  # (M, K), line 2
+        on_real = wide(networks["discriminator"](h_real)).squeeze(1)
+        noise = torch.randn(m, k, config.latent_dim, generator=batch.noise, device=device, dtype=batch.real.dtype)  # line 4
+        made = networks["generator"](networks["mixture"](noise).flatten(0, 1))  # (M·K, C, H, W), lines 5 and 6
+    # Cut the graph here: from α and the fakes on, part by part.
+    weights, fakes = alpha.detach().requires_grad_(), made.detach().requires_grad_()
+    owed_alpha, owed_fakes = torch.zeros_like(weights), torch.zeros_like(fakes)
+
+    size = config.microbatch or m
+    for start in range(0, m, size):
+        images = slice(start, min(start + size, m))
+        rows = slice(images.start * k, images.stop * k)
+        part = fakes[rows].detach().requires_grad_()
+        a = weights[images].detach().requires_grad_()
+        fixed = a.detach()
+        with mixed:
+            h, on_part = look(networks, part, config)  # line 7
+            on_fake = wide(networks["discriminator"](h)).view(-1, k)
+        information = information_loss(on_part.view(-1, k, k), a if config.alpha_in_information == "trained" else fixed, config.target) / m
+        adversarial = generator_loss(on_fake, a if config.adversarial_moves_classifier else fixed, config.saturating) / m
+        d_loss = discriminator_loss(on_real[images], on_fake, fixed) / m  # lines 9 and 10 end here
+
+        add("discriminator", torch.autograd.grad(d_loss, mine["discriminator"], retain_graph=True))  # line 11; α is fixed
+        # Line 12: G, μ and A at the fakes; C at α. Line 13: C by its own outputs and, as a switch, at α; as a switch G, μ and A.
+        owed = torch.autograd.grad(adversarial, (part, a), retain_graph=True, allow_unused=True, materialize_grads=True)
+        owed_fakes[rows] += owed[0]
+        owed_alpha[images] += owed[1]
+        inputs = (*mine["classifier"], a, part)
+        *at_classifier, at_alpha, at_fakes = torch.autograd.grad(information, inputs, allow_unused=True, materialize_grads=True)
+        add("classifier", tuple(at_classifier))
+        owed_alpha[images] += at_alpha
+        if config.information_moves == "all":
+            owed_fakes[rows] += at_fakes
+        for name, value in (("d_loss", d_loss), ("g_loss", adversarial), ("information", information)):
+            totals[name] = totals[name] + value.detach()
+
+    add("classifier", torch.autograd.grad(alpha, mine["classifier"], owed_alpha))
+    add("generator", torch.autograd.grad(made, mine["generator"], owed_fakes))
+    share, largest = entropy_share(weights.detach()), weights.detach().mean(0).max()
+    return sums, totals | {"alpha_entropy": share, "largest_weight": largest}
+
+
+def look(networks: dict[str, nn.Module], images: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """D's features of images (B, C, H, W) and C's logits (B, K)."""
+    h = networks["encoder"](images)
+    return h, wide(networks["classifier"](h if config.classifier == "shared" else images))
+
+
+def wide(x: Tensor) -> Tensor:
+    """bf16 as float32: losses are never taken in bf16."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
+def generate(networks: dict[str, nn.Module], noise: Tensor, weights: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] from ε (B, D_z) and weights of the Gaussians (B, K): one-hot is a Gaussian, else between them."""
+    return networks["generator"](networks["mixture"].blend(noise, weights))
+
+
+def responsibilities(networks: dict[str, nn.Module], images: Tensor) -> Tensor:
+    """p(k|x), (B, K), of images (B, C, H, W) in [-1, 1]."""
+    classifier = networks["classifier"]
+    return classifier(networks["encoder"](images) if isinstance(classifier, nn.Linear) else images).softmax(-1)
+
+
+# --------------------------------------------------------------------------------------------------------------- the loop
+
+
+def as_input(images: Tensor) -> Tensor:
+    """uint8 images 0 … 255 brought to [-1, 1], the range of G's tanh."""
+    return images.float() / 127.5 - 1
+
+
+def system_of(values: dict) -> ModuleType:
+    """The module that the key `module` of a config names: gan, or (without the key) this one."""
+    return run.module_of("gan_responsibility", values)
+
+
+def operations(config: Task, system: ModuleType, n_images: int) -> float:
+    """About how many floating-point operations the whole training takes: a backward pass is two forward ones, to inputs alone one."""
+    forward = {}
+    networks = system.build(config)
+    for name, example in system.examples(config).items():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            networks[name](example)
+        forward[name] = counter.get_total_flops() / 2  # the examples are two
+    made = forward["generator"] + forward.get("mixture", 0)
+    looked_at = sum(forward.get(name, 0) for name in ("encoder", "discriminator", "classifier"))
+    fakes = config.components if hasattr(system, "responsibilities") else 1
+    # G: there and back. D and C: there and back on real images; on fakes back to G as well.
+    return n_images * config.epochs * (fakes * (3 * made + 4 * looked_at) + 3 * looked_at)
+
+
+@torch.no_grad()
+def all_responsibilities(system: ModuleType, networks: dict[str, nn.Module], images: Tensor, batch: int = 500) -> Tensor:
+    """p(k|x), (N, K), float32 on the CPU, of uint8 images (N, C, H, W); batch normalisation by its running means."""
+    modes = {name: network.training for name, network in networks.items()}
+    for network in networks.values():
+        network.eval()
+    found = torch.cat([system.responsibilities(networks, as_input(part)).float().cpu() for part in images.split(batch)])
+    for name, network in networks.items():
+        network.train(modes[name])
+    return found
+
+
+@torch.no_grad()
+def sampled(
+    system: ModuleType, networks: dict[str, nn.Module], config: Task, weights: Tensor, noise: torch.Generator, batch: int = 200
+) -> Tensor:
+    """Images (N, C, H, W) in [-1, 1] on the CPU, from weights of the Gaussians (N, K); noise: a generator on the CPU."""
+    device = next(networks["generator"].parameters()).device
+    mode = networks["generator"].training
+    networks["generator"].eval()
+    parts = []
+    for w in weights.split(batch):
+        epsilon = torch.randn(len(w), config.latent_dim, generator=noise)
+        parts.append(system.generate(networks, epsilon.to(device), w.to(device)).cpu())
+    networks["generator"].train(mode)
+    return torch.cat(parts)
+
+
+def clustering(alpha: Tensor, labels: Tensor, n_classes: int) -> dict[str, float]:
+    """What p(k|x) (N, K) says of classes (N,): ACC (where K is their number) and NMI of argmax p(k|x)."""
+    table = contingency(alpha.argmax(1), labels, alpha.shape[1], n_classes)
+    found = {"nmi": normalised_mutual_information(table)}
+    return found | {"accuracy": clustering_accuracy(table)} if alpha.shape[1] == n_classes else found
+
+
+def train(config: Task, options: run.Options) -> Path:
+    """Train, or resume, one run; returns its folder."""
+    device = run.set_up(options)
+    data = load(config.dataset, options.data, options.unofficial_data)
+    if config.n_components is None:
+        config = replace(config, n_components=data.n_classes)
+    if config.batch > len(data.train_images):
+        raise run.UserError(f"batch: {config.batch} is more than the {len(data.train_images)} training images")
+    system = system_of(vars(config))
+    images, test_images = data.train_images.to(device), data.test_images.to(device)
+    cost = operations(config, system, len(images))
+    print(f"about {cost:.2g} operations for {config.epochs} epochs{': a GPU is needed' if cost > 1e16 else ''}", flush=True)
+
+    torch.manual_seed(options.seed)
+    networks = {name: network.to(device, memory_format=torch.channels_last) for name, network in system.build(config).items()}
+    optimizers = {
+        player: torch.optim.Adam(parameters, lr=config.learning_rate, betas=(config.beta1, 0.999), fused=True)
+        for player, parameters in system.players(networks).items()
+    }
+    scorer = Scorer.find(data, options.runs / "cache", device)
+    rows = torch.eye(config.components).repeat_interleave(10, 0)  # one-hot: ten of each Gaussian
+
+    steps = -(-len(images) // config.batch)
+    if len(images) % config.batch == 1:
+        steps -= 1  # one image alone has no batch statistics
+    with run.Run("gan_responsibility", config, options, data.provenance(), device) as r:
+        r.resume(networks, optimizers, steps)
+        while r.epoch < config.epochs:
+            order = torch.randperm(len(images), generator=run.generator(options.seed, "order", r.epoch)).to(device)
+            while r.step < steps:
+                drawn = order[r.step * config.batch :][: config.batch]
+                batch = Batch(as_input(images[drawn]), run.generator(options.seed, "noise", r.epoch, r.step, device=device))
+                r.after_step(system.train_step(networks, optimizers, batch, config, options.precision))
+            more = {}
+            if hasattr(system, "responsibilities"):
+                more = clustering(all_responsibilities(system, networks, test_images), data.test_labels, data.n_classes)
+            if scorer and ((r.epoch + 1) % config.score_every == 0 or r.epoch + 1 == config.epochs):
+                weights = mode_weights(system, networks, config, images)
+                more |= scorer.scores(lambda n: drawn_from(system, networks, config, weights, n, options.seed))  # noqa: B023
+            r.after_epoch(**more)
+            say_if_collapsed(r.rows[-1], config.components)
+            if path := r.sample_path():
+                made = sampled(system, networks, config, rows, run.generator(options.seed, "samples"))
+                save_grid((made + 1) / 2, path, columns=10)
+        r.finish()
+    return r.folder
+
+
+def mode_weights(system: ModuleType, networks: dict[str, nn.Module], config: Task, images: Tensor) -> Tensor:
+    """How often each Gaussian is sampled, (K,) with sum 1: the mean of p(k|x) over the training images; alike in the baselines."""
+    if hasattr(system, "responsibilities"):
+        return all_responsibilities(system, networks, images).double().mean(0).float()
+    return torch.full((config.components,), 1 / config.components)
+
+
+def drawn_from(system: ModuleType, networks: dict[str, nn.Module], config: Task, weights: Tensor, n: int, seed: int) -> Tensor:
+    """n uint8 images (n, C, H, W) of the whole mixture."""
+    noise = run.generator(seed, "drawn")
+    components = torch.multinomial(weights, n, replacement=True, generator=noise)
+    made = sampled(system, networks, config, torch.eye(len(weights))[components], noise)
+    return ((made.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def say_if_collapsed(row: dict, k: int) -> None:
+    """A line on the screen while α says nothing: the same for every image, or undecided for every image."""
+    if k > 1 and row.get("alpha_entropy", 0.0) > COLLAPSED:
+        print(
+            f"epoch {row['epoch']}: α has collapsed: uniform for every image (entropy {100 * row['alpha_entropy']:.1f} % of log {k})",
+            flush=True,
+        )
+    if k > 1 and row.get("largest_weight", 0.0) > COLLAPSED:
+        print(f"epoch {row['epoch']}: α has collapsed: {100 * row['largest_weight']:.1f} % of its mass on one Gaussian", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, options = run.parse("gan_responsibility", argv)
+    if options.describe:
+        system = system_of(vars(config))
+        print(run.describe(system.build(config), system.examples(config), config, options.json))
+    else:
+        train(config, options)
+
+
+if __name__ == "__main__":
+    run.exit_with(main)

@@ -1,0 +1,446 @@
+"""GAN responsibility learning: counts, losses, who is moved by what, the batched algorithm against a literal loop, runs end to end."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from common import diff, run
+from common.data import Dataset
+from gan_responsibility import eval as evaluation
+from gan_responsibility import gan, model, scores, train
+from gan_responsibility.model import Mixture, discriminator_loss, generator_loss, information_loss
+from tests.conftest import call, run_command
+
+TABLE_6 = {  # parameters, Inception Score, FID
+    "flowers10-standalone": (13_005_411, (2.9664, 0.2188), (231.0577, 7.5371)),
+    "flowers10": (8_794_835, (3.1368, 0.1596), (205.9776, 7.8587)),
+    "flowers10-gmgan": (8_467_145, (2.6770, 0.1079), (239.3936, 6.7672)),
+    "flowers10-gan": (8_366_145, (2.4882, 0.1065), (247.0610, 7.2361)),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize("experiment", TABLE_6)
+def test_the_counts_of_table_6(experiment):
+    config = run.experiment_config("gan_responsibility", experiment)
+    found = train.system_of(vars(config)).counts(config)
+    assert found["parameters_as_counted"] == TABLE_6[experiment][0]
+    # A stand-alone classifier that works has 1,024 -> 10 for its head, not the shared one's 32,768 -> 10.
+    assert found["parameters"] == (12_687_971 if experiment == "flowers10-standalone" else TABLE_6[experiment][0])
+
+
+def layers(network, example):
+    seen = []
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.ConvTranspose2d | torch.nn.MaxPool2d):
+            module.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape[1:])))
+    network(example)
+    return seen
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 64, 64)])
+def test_shapes_of_tables_1_to_3(shape):
+    c, n, _ = shape
+    q, h = n // 4, n // 2
+    image = torch.zeros(2, *shape)
+    assert layers(model.generator(shape, 100), torch.zeros(2, 100)) == [(256 * q * q,), (128, q, q), (64, h, h), (c, n, n)]
+    assert layers(model.encoder(shape, "count_matched"), image) == [(64, h, h), (128, q, q), (128, q, q)]
+    assert layers(model.encoder(shape, "as_printed"), image) == [(64, h, h), (128, q, q)]
+    assert layers(model.standalone_classifier(shape, 10), image) == [(32, n, n), (32, h, h), (16, q, q), (1024,), (10,)]
+    features = torch.zeros(2, 128 * q * q)
+    assert model.features(shape) == 128 * q * q == model.encoder(shape, "as_printed")(image).shape[1]
+    assert layers(model.discriminator(shape), features) == [(1,)] and layers(model.shared_classifier(shape, 7), features) == [(7,)]
+
+
+def count(network) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_counts_of_the_parts():
+    """FACTS of the search: G 7,713,856; D 652,289 count-matched and 169,089 as printed; on MNIST 2,305,472, 622,593 and 139,393."""
+    expected = {(3, 64, 64): (7_713_856, 652_289, 169_089), (1, 28, 28): (2_305_472, 622_593, 139_393)}
+    for shape, (g, matched, printed) in expected.items():
+        head = count(model.discriminator(shape))
+        assert count(model.generator(shape, 100)) == g
+        assert count(model.encoder(shape, "count_matched")) + head == matched
+        assert count(model.encoder(shape, "as_printed")) + head == printed
+    assert count(Mixture(10, 100, 0.1, 0.15)) == 101_000
+
+
+def test_the_mixture_samples_every_gaussian_and_blends_end_at_pure_ones():
+    torch.manual_seed(0)
+    mixture = Mixture(3, 2, 1.0, 0.5)
+    matrix = torch.tensor([[1.0, 0.5], [-0.3, 2.0]])
+    with torch.no_grad():
+        mixture.scales[1] = matrix
+    noise = torch.randn(40_000, 3, 2, generator=torch.Generator().manual_seed(0))
+    z = mixture(noise)
+    torch.testing.assert_close(z.mean(0), mixture.means, atol=0.06, rtol=0)
+    torch.testing.assert_close(torch.cov(z[:, 1].T), matrix @ matrix.T, atol=0.1, rtol=0)
+    torch.testing.assert_close(torch.cov(z[:, 0].T), 0.25 * torch.eye(2), atol=0.02, rtol=0)
+    epsilon = torch.randn(3, 2)
+    pure = mixture.blend(epsilon, torch.eye(3))
+    for k in range(3):
+        torch.testing.assert_close(pure[k], mixture.scales[k] @ epsilon[k] + mixture.means[k])
+    half = mixture.blend(epsilon[:1], torch.tensor([[0.5, 0.5, 0.0]]))
+    ends = mixture.blend(epsilon[:1].expand(2, -1), torch.eye(3)[:2])
+    torch.testing.assert_close(half[0], ends.mean(0))
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+REAL, FAKE = [0.3, -0.8], [[1.0, -0.5, 0.2], [0.1, 0.7, -1.1]]
+ALPHA = [[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]
+LOGITS = [[[0.2, -1.0, 0.4], [0.0, 0.6, 0.1], [1.2, 0.3, -0.7]], [[-0.4, 0.9, 0.5], [0.8, 0.1, 0.3], [-0.2, 0.4, 1.5]]]
+
+
+def test_the_adversarial_loss_by_hand():
+    pairs = [(i, k) for i in range(2) for k in range(3)]
+    value = sum(ALPHA[i][k] * (math.log(sigmoid(REAL[i])) + math.log(1 - sigmoid(FAKE[i][k]))) for i, k in pairs) / 3
+    real, fake, alpha = torch.tensor(REAL), torch.tensor(FAKE), torch.tensor(ALPHA)
+    assert discriminator_loss(real, fake, alpha).item() == pytest.approx(-value, rel=1e-5)
+    saturating = sum(ALPHA[i][k] * math.log(1 - sigmoid(FAKE[i][k])) for i, k in pairs) / 3
+    assert generator_loss(fake, alpha, True).item() == pytest.approx(saturating, rel=1e-5)
+    usual = -sum(ALPHA[i][k] * math.log(sigmoid(FAKE[i][k])) for i, k in pairs) / 3
+    assert generator_loss(fake, alpha, False).item() == pytest.approx(usual, rel=1e-5)
+
+
+def test_the_information_loss_by_hand():
+    def log_p(row):
+        total = math.log(sum(math.exp(x) for x in row))
+        return [x - total for x in row]
+
+    soft = hard = 0.0
+    for i in range(2):
+        for k in range(3):
+            row = log_p(LOGITS[i][k])
+            soft -= ALPHA[i][k] * sum(a * p for a, p in zip(ALPHA[i], row, strict=True)) / 3
+            hard -= ALPHA[i][k] * row[k] / 3
+    logits, alpha = torch.tensor(LOGITS), torch.tensor(ALPHA)
+    assert information_loss(logits, alpha, "alpha").item() == pytest.approx(soft, rel=1e-5)
+    assert information_loss(logits, alpha, "component").item() == pytest.approx(hard, rel=1e-5)
+
+
+def test_entropy_share():
+    assert model.entropy_share(torch.full((4, 5), 0.2)).item() == pytest.approx(1)
+    assert model.entropy_share(torch.eye(5)).item() == 0
+    mixed = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    assert model.entropy_share(mixed).item() == pytest.approx(0.5)
+
+
+# ------------------------------------------------------------------------------------------------------------ Algorithm 1
+
+
+def small(**values) -> train.Config:
+    class Config(train.Config):
+        shape = (1, 8, 8)
+
+    return Config(n_components=3, latent_dim=4, **values)
+
+
+def built(config, std: float = 0.3) -> dict[str, torch.nn.Module]:
+    torch.manual_seed(3)
+    networks = {name: network.double() for name, network in train.build(config).items()}
+    with torch.no_grad():
+        for name, network in networks.items():
+            if name != "generator":
+                for p in network.parameters():
+                    p.normal_(std=std / 4 if name in ("encoder", "classifier") else std)
+    return networks
+
+
+def batch(m: int = 4, seed: int = 5) -> train.Batch:
+    return train.Batch(torch.randn(m, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(9)), run.generator(seed))
+
+
+def literal(networks, given: train.Batch, config: train.Config) -> dict[str, list[torch.Tensor]]:
+    """Algorithm 1 image by image and Gaussian by Gaussian; the fakes are made first, since batch normalisation sees all of them."""
+    m, k = len(given.real), config.components
+    noise = torch.randn(m, k, config.latent_dim, generator=given.noise, dtype=torch.float64)
+    mixture = networks["mixture"]
+    z = torch.stack([mixture.scales[j] @ noise[i, j] + mixture.means[j] for i in range(m) for j in range(k)])
+    fakes = networks["generator"](z).view(m, k, *config.shape)
+    mine = train.players(networks)
+    shared = config.classifier == "shared"
+
+    def classify(image):
+        return networks["classifier"](networks["encoder"](image) if shared else image)[0]
+
+    def judge(image):
+        return networks["discriminator"](networks["encoder"](image))[0, 0]
+
+    d_value = g_value = information = 0.0
+    for i in range(m):
+        alpha = classify(given.real[i : i + 1]).softmax(-1)
+        fixed = alpha.detach()
+        in_adversarial = alpha if config.adversarial_moves_classifier else fixed
+        in_information = alpha if config.alpha_in_information == "trained" else fixed
+        for j in range(k):
+            fake = fakes[i, j][None]
+            d_value = d_value + fixed[j] / k * (judge(given.real[i : i + 1]).sigmoid().log() + (1 - judge(fake).sigmoid()).log()) / m
+            score = (1 - judge(fake).sigmoid()).log() if config.saturating else -judge(fake).sigmoid().log()
+            g_value = g_value + in_adversarial[j] / k * score / m
+            log_p = classify(fake).log_softmax(-1)
+            cross_entropy = -(in_information * log_p).sum() if config.target == "alpha" else -log_p[j]
+            information = information + in_information[j] / k * cross_entropy / m
+
+    def grad(value, parameters):
+        return torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+
+    classifier = [a + b for a, b in zip(grad(g_value, mine["classifier"]), grad(information, mine["classifier"]), strict=True)]
+    g_total = g_value + information if config.information_moves == "all" else g_value
+    return {"discriminator": grad(-d_value, mine["discriminator"]), "generator": grad(g_total, mine["generator"]), "classifier": classifier}
+
+
+SWITCHES = [
+    {}, {"classifier": "standalone"}, {"saturating": True}, {"target": "component"}, {"information_moves": "all"},
+    {"adversarial_moves_classifier": False}, {"alpha_in_information": "trained"},
+    {"classifier": "standalone", "information_moves": "all", "alpha_in_information": "trained"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()) or "default")
+@pytest.mark.parametrize("microbatch", [0, 1, 3])
+def test_the_batch_at_once_is_the_literal_loop(switches, microbatch):
+    config = small(microbatch=microbatch, **switches)
+    networks = built(config)
+    ours, _ = train.gradients(networks, batch(), config)
+    theirs = literal(networks, batch(), config)
+    assert ours.keys() == theirs.keys()
+    for player in ours:
+        for a, b in zip(ours[player], theirs[player], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+        assert any(a.abs().max() > 1e-8 for a in ours[player]), player
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()) or "default")
+def test_who_is_moved_by_which_loss(switches, monkeypatch):
+    """Each loss alone, the others set to nothing: which player then has a gradient."""
+
+    def moved(kept: str) -> set[str]:
+        for name in ("discriminator_loss", "generator_loss", "information_loss"):
+            own = getattr(model, name)
+            monkeypatch.setattr(train, name, own if name == kept else lambda *a, own=own: 0 * own(*a))
+        config = small(**switches)
+        found, _ = train.gradients(built(config), batch(), config)
+        return {player for player, several in found.items() if any(g.abs().max() > 0 for g in several)}
+
+    assert moved("discriminator_loss") == {"discriminator"}  # α is fixed there
+    assert moved("generator_loss") == {"generator"} | ({"classifier"} if switches.get("adversarial_moves_classifier", True) else set())
+    assert moved("information_loss") == {"classifier"} | ({"generator"} if switches.get("information_moves") == "all" else set())
+
+
+def test_a_step_takes_all_gradients_before_it_moves_anything():
+    config = small()
+    networks = built(config)
+    expected, _ = train.gradients(networks, batch(), config)
+    before = {player: [p.detach().clone() for p in parameters] for player, parameters in train.players(networks).items()}
+    optimizers = {player: torch.optim.SGD(parameters, lr=0.1) for player, parameters in train.players(networks).items()}
+    for network in networks.values():  # the running means of the first pass
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+                module.reset_running_stats()
+    train.train_step(networks, optimizers, batch(), config)
+    for player, parameters in train.players(networks).items():
+        for old, new, gradient in zip(before[player], parameters, expected[player], strict=True):
+            torch.testing.assert_close(new.detach(), old - 0.1 * gradient)
+
+
+def test_the_baselines_steps_by_the_plain_formulas():
+    for prior in ("normal", "mixture"):
+
+        class Config(gan.Config):
+            shape = (1, 8, 8)
+
+        config = Config(n_components=3, latent_dim=4, prior=prior)
+        torch.manual_seed(3)
+        networks = {name: network.double() for name, network in gan.build(config).items()}
+        noise = run.generator(5)
+        k = torch.randint(3, (4,), generator=noise)
+        epsilon = torch.randn(4, 4, generator=noise, dtype=torch.float64)
+        z = epsilon
+        if prior == "mixture":
+            z = torch.stack([networks["mixture"].scales[j] @ e + networks["mixture"].means[j] for j, e in zip(k, epsilon, strict=True)])
+        given = batch()
+        on_fake = networks["discriminator"](networks["encoder"](networks["generator"](z))).sigmoid()
+        on_real = networks["discriminator"](networks["encoder"](given.real)).sigmoid()
+        d_loss = F.binary_cross_entropy(on_real, torch.ones_like(on_real)) + F.binary_cross_entropy(on_fake, torch.zeros_like(on_fake))
+        g_loss = F.binary_cross_entropy(on_fake, torch.ones_like(on_fake))
+        mine = gan.players(networks)
+        expected = {"discriminator": torch.autograd.grad(d_loss, mine["discriminator"], retain_graph=True)}
+        expected["generator"] = torch.autograd.grad(g_loss, mine["generator"])
+        before = {player: [p.detach().clone() for p in parameters] for player, parameters in mine.items()}
+        optimizers = {player: torch.optim.SGD(parameters, lr=0.1) for player, parameters in mine.items()}
+        terms = gan.train_step(networks, optimizers, given, config)
+        torch.testing.assert_close((terms["d_loss"], terms["g_loss"]), (d_loss, g_loss))
+        for player, parameters in mine.items():
+            for old, new, gradient in zip(before[player], parameters, expected[player], strict=True):
+                torch.testing.assert_close(new.detach(), old - 0.1 * gradient)
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_accuracy_and_weights_of_perfect_responsibilities():
+    labels = torch.tensor([0, 0, 0, 1, 2, 2])
+    alpha = F.one_hot((labels + 1) % 3, 3).float()  # right, but for the names of the Gaussians
+    assert train.clustering(alpha, labels, 3) == {"nmi": pytest.approx(1), "accuracy": 1}
+    assert evaluation.weight_error(alpha, labels) == pytest.approx(0)
+    assert evaluation.weight_error(torch.full((6, 3), 1 / 3), labels) == pytest.approx(0.5 * (1 / 6 + 1 / 6), abs=1e-6)
+    assert "accuracy" not in train.clustering(torch.rand(6, 4), labels, 3)  # ACC permutes as many Gaussians as classes
+
+
+def test_the_triangle_has_its_three_gaussians_at_its_corners():
+    weights = evaluation.triangle(5).view(evaluation.STEPS, evaluation.STEPS, 5)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(evaluation.STEPS, evaluation.STEPS))
+    assert weights.min() >= 0
+    assert torch.equal(torch.stack([weights[0, 0], weights[0, -1], weights[-1, 0]]), torch.eye(5)[:3])
+    torch.testing.assert_close(weights[0, 4], torch.tensor([0.5, 0.5, 0, 0, 0]))
+
+
+def test_inception_score_against_torch_fidelity():
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = 3 * torch.randn(200, 1008, generator=torch.Generator().manual_seed(0))
+    theirs = isc_features_to_metric(logits, splits=10, shuffle=False)
+    found = scores.inception_score(logits)
+    assert found == (pytest.approx(theirs["inception_score_mean"], rel=1e-5), pytest.approx(theirs["inception_score_std"], rel=1e-4))
+
+
+def test_a_collapse_is_said(capsys):
+    train.say_if_collapsed({"epoch": 3, "alpha_entropy": 0.5, "largest_weight": 0.4}, 10)
+    assert capsys.readouterr().out == ""
+    train.say_if_collapsed({"epoch": 3, "alpha_entropy": 0.999, "largest_weight": 0.1}, 10)
+    assert "epoch 3: α has collapsed: uniform for every image" in capsys.readouterr().out
+    train.say_if_collapsed({"epoch": 4, "alpha_entropy": 0.0, "largest_weight": 0.995}, 10)
+    assert "epoch 4: α has collapsed: 99.5 % of its mass on one Gaussian" in capsys.readouterr().out
+    train.say_if_collapsed({"epoch": 4, "d_loss": 1.0}, 10)  # a baseline has none
+    assert capsys.readouterr().out == ""
+
+
+# --------------------------------------------------------------------------------------------- experiments, end to end
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Small networks, and a few images under every data set's name."""
+
+    def make(name: str, *_) -> Dataset:
+        g = torch.Generator().manual_seed(0)  # the same images each time
+        labels = torch.arange(4)
+        images = torch.randint(0, 256, (4, *train.SETS[name][0]), dtype=torch.uint8, generator=g)
+        return Dataset(name, images, labels, images, labels, tuple("abcdefghij"), "0" * 16, False)
+
+    monkeypatch.setattr(train, "load", make)
+    monkeypatch.setattr(evaluation, "load", make)
+    monkeypatch.setattr(scores.inception, "find_weights", lambda _: (None, "none in this test"))
+
+
+@pytest.mark.parametrize("experiment", run.experiments("gan_responsibility"))
+def test_two_steps_of_every_experiment_and_its_evaluation(experiment, tiny, tmp_path, capsys):
+    config = run.experiment_config("gan_responsibility", experiment, {"epochs": 1, "batch": 2, "latent_dim": 5})
+    options = run.Options(experiment, runs=tmp_path, device="cpu", unofficial_data=True)
+    folder = train.train(config, options)
+    result = evaluation.evaluate(options)
+    assert "operations for 1 epochs" in capsys.readouterr().out
+    assert result == json.loads((folder / "eval.json").read_text()) and all(math.isfinite(v) for v in result["metrics"].values())
+    assert "parameters" in result["metrics"]
+    pictures = {path.stem for path in (folder / "figures").glob("*.png")}
+    baseline = experiment in ("flowers10-gan", "flowers10-gmgan")
+    assert ("accuracy" in result["metrics"]) == ("weight_error" in result["metrics"]) == (not baseline)
+    assert pictures == {"training", "samples"} | ({"interpolations", "triangle"} if experiment != "flowers10-gan" else set())
+    row = torch.load(folder / "checkpoint.pt", weights_only=True)["rows"][0]
+    assert baseline or {"alpha_entropy", "largest_weight", "accuracy", "nmi"} <= row.keys()
+
+
+def test_table_6_with_weights(tiny, tmp_path, monkeypatch):
+    """The scores while training and after it, with a stand-in for the Inception network."""
+    g = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(scores, "SAMPLES", 40)
+    monkeypatch.setattr(scores.inception, "find_weights", lambda _: (tmp_path, ""))
+    monkeypatch.setattr(scores.inception, "extractor", lambda path, device, layer="2048": layer)
+    projection = torch.randn(3 * 64 * 64, 6, generator=g)
+    monkeypatch.setattr(scores.inception, "features", lambda layer, images: images.flatten(1).float() @ projection / 255)
+    config = run.experiment_config("gan_responsibility", "flowers10", {"epochs": 2, "batch": 4, "latent_dim": 5, "score_every": 1})
+    options = run.Options("flowers10", runs=tmp_path, device="cpu", unofficial_data=True)
+    folder = train.train(config, options)
+    rows = torch.load(folder / "checkpoint.pt", weights_only=True)["rows"]
+    metrics = evaluation.evaluate(options)["metrics"]
+    assert metrics["fid_best"] == min(row["fid"] for row in rows) and metrics["fid"] == pytest.approx(rows[-1]["fid"], rel=1e-4)
+    assert metrics["inception_score_best"] == max(row["inception_score"] for row in rows)
+    assert {"fid_all", "fid_halves", "inception_score_deviation"} <= metrics.keys()
+
+
+def test_microbatch_is_refused_where_it_would_change_the_arithmetic(tmp_path, capsys):
+    arguments = ["digits", "--networks", "as_printed", "--microbatch", "4", "--runs", tmp_path]
+    code, _, err = call(train.main, *arguments, capsys=capsys)
+    assert code == 2 and "normalises over the batch" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["digits", "--batch", "1"], "out of range; allowed: >= 2"),
+        (["digits", "--batch", "2000"], "is more than the 1437 training images"),
+        (["digits", "--n-components", "0"], "out of range"),
+        (["digits", "--target", "beta"], "not one of alpha, component"),
+        (["digits", "--dataset", "svhn"], "is not one of"),
+        (["flowers10-gan", "--target", "alpha"], "flowers10-gan has no such value"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):
+    code, _, err = call(train.main, *arguments, "--runs", tmp_path, capsys=capsys)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_run_that_was_cut_in_two_ends_with_the_same_bits(tiny, tmp_path):
+    config = run.experiment_config("gan_responsibility", "digits", {"epochs": 2, "batch": 2, "latent_dim": 4, "networks": "as_printed"})
+    whole = train.train(config, run.Options("digits", runs=tmp_path / "whole", device="cpu"))
+    options = run.Options("digits", runs=tmp_path / "parts", device="cpu")
+    train.train(dataclasses.replace(config, epochs=1), options)
+    parts = train.train(config, options)
+    first, second = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, parts))
+    for name, tensors in first["networks"].items():
+        for key, value in tensors.items():
+            assert torch.equal(value, second["networks"][name][key]), f"{name}.{key}"
+
+
+def test_the_command_line(tmp_path):
+    """The real one, once."""
+    where = ["digits", "--runs", tmp_path, "--threads", "1", "--data", tmp_path]
+    code, out, err = run_command("gan_responsibility.train", *where, "--epochs", "1", "--batch", "480", "--n-components", "2")
+    assert code == 0 and "trained 1 epochs" in out, err
+    code, out, err = run_command("gan_responsibility.eval", *where)
+    assert code == 0 and "alpha_entropy" in out, err
+    code, out, err = run_command("common.diff", "show", "gan_responsibility", "--runs", tmp_path)
+    assert code == 0 and "another config" in out, err
+
+
+# ------------------------------------------------------------------------------------------------------- published.yaml
+
+
+def test_published_yaml_is_table_6_each_number_once():
+    entries = diff.published("gan_responsibility").entries
+    found = {(e.experiment, e.metric): (e.value, e.spread) for e in entries}
+    expected = {}
+    for experiment, (parameters, score, distance) in TABLE_6.items():
+        expected[experiment, "parameters_as_counted"] = (parameters, None)
+        expected[experiment, "inception_score_best"] = score
+        expected[experiment, "fid_best"] = distance
+    assert found == expected and len(entries) == 12 == len({e.id for e in entries})
+
+
+def test_the_diff_counts_parameters_without_a_run():
+    rows = {row[2]: row for row in diff.table("gan_responsibility", None) if row[0] == "Table 6, number of parameters"}
+    assert all(row[-1] == "match" for row in rows.values()) and len(rows) == 4
