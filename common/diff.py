@@ -131,8 +131,12 @@ def unfinished(record: dict, config) -> str | None:
     provenance = record["provenance"]
     if record["config_hash"] != run.config_hash(config):
         theirs, ours = record["config"], dataclasses.asdict(config)
-        differing = [f"{k} {theirs.get(k)}" for k, v in ours.items() if k != "epochs" and theirs.get(k, v) != v]
-        return f"another config ({', '.join(differing) or 'a field unknown here'})"
+        filled = {k for k in getattr(config, "LEFT_TO_DATA", ()) if ours[k] is None}
+        if ":" in (named := str(ours.get("dataset"))) and str(theirs.get("dataset")).startswith(named.partition(":")[0] + ":"):
+            filled.add("dataset")  # where a person keeps a folder is no setting
+        differing = [f"{k} {theirs.get(k)}" for k, v in ours.items() if k not in {"epochs", *filled} and theirs.get(k, v) != v]
+        if differing or not filled or theirs.keys() - ours.keys():
+            return f"another config ({', '.join(differing) or 'a field unknown here'})"
     if provenance["epochs"] != config.epochs or provenance["steps_beyond"]:
         beyond = f" and {provenance['steps_beyond']} steps" if provenance["steps_beyond"] else ""
         return f"{provenance['epochs']}{beyond} of {config.epochs} epochs"
@@ -276,7 +280,7 @@ def table(paper: str, mine: dict[str, list[dict]] | None, only: str | None = Non
                 rows.append([*row, *known[:2], *(["–"] if mine is not None else []), known[2]])
                 continue
             found = sample(reference.get(experiment, []), config, entry.metric)
-            best = f"; best seed {found.best(entry):.4g}" if entry.show_best and len(found.values) > 1 else ""
+            best = f"; the best seed {found.best(entry):.4g}" if entry.show_best and len(found.values) > 1 else ""
             row += [f"{found}{best}", found.difference(entry)]
             if mine is not None:
                 here = sample(mine.get(experiment, []), config, entry.metric)
@@ -386,12 +390,12 @@ def verdict_on_claim(ours: list[float], against: list[float], wanted: str, kind:
     other = plain(against) if len(against) > 1 else f"{against[0]:.4g}"
     if wanted == "equal":
         n = sum(value == against[0] for value in ours)
-        return other, f"holds{'' if n == len(ours) else ' in part'} ({n} of {len(ours)} seeds)" if n else f"fails (0 of {len(ours)} seeds)"
+        return other, f"{'holds' if n == len(ours) else 'fails'} (in {n} of {len(ours)} seeds)"
     if kind == "paired":
         ours, against = [a - b for a, b in zip(ours, against, strict=True)], [0.0]
     difference = statistics.fmean(ours) - statistics.fmean(against)
     if min(len(ours), len(against) if kind == "seeds" else 2) < 2:
-        return other, f"one seed: {'as claimed' if (difference < 0) == (wanted == 'lower') else 'not as claimed'}"
+        return other, f"one seed: {'as claimed' if (difference < 0 if wanted == 'lower' else difference > 0) else 'not as claimed'}"
     error = statistics.variance(against) / len(against) if len(against) > 1 else 0.0
     low, high = welch_interval(difference, statistics.variance(ours) / len(ours), len(ours), error, len(against))
     holds, fails = (high < 0, low > 0) if wanted == "lower" else (low > 0, high < 0)
@@ -453,6 +457,8 @@ def collect(runs: Path) -> None:
                     target = ROOT / paper / "figures" / f"{experiment}-{picture.name}"
                     target.parent.mkdir(exist_ok=True)
                     shutil.copyfile(picture, target)
+        for picture in sorted((runs / paper / "figures").glob("*.png")):  # those that compare runs
+            shutil.copyfile(picture, ROOT / paper / "figures" / picture.name)
     for path, text in blocks().items():
         with run.atomic(path) as file:
             file.write(text)
@@ -507,8 +513,10 @@ def reference_runs(paper: str) -> str:
 
 
 def pictures(paper: str) -> str:
-    """The figures of the reference runs, first seed, folded by experiment."""
-    parts = []
+    """The figures that compare runs, then those of the reference runs, first seed, folded by experiment."""
+    of_runs = {p for e in references(paper) for p in (ROOT / paper / "figures").glob(f"{e}-*.png")}
+    shared = sorted(p for p in (ROOT / paper / "figures").glob("*.png") if p not in of_runs)
+    parts = [f"![{p.stem}](figures/{p.name})" for p in shared]
     for experiment in references(paper):
         files = sorted(p for p in (ROOT / paper / "figures").glob(f"{experiment}-*.png") if experiment_of(paper, p) == experiment)
         images = "\n".join(f"![{p.stem}](figures/{p.name})" for p in files)

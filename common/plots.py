@@ -57,6 +57,32 @@ def save_matrix(values: Tensor, path: Path, names: Sequence[str], title: str, te
     _save(figure, path)
 
 
+def save_counts(counts: Tensor, path: Path, title: str, rows: str, columns: str) -> None:
+    """A matrix of counts (K, N) with each count in its cell, coloured by its share of the row. rows, columns: what they are."""
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    k, n = counts.shape
+    figure, axes = _pyplot().subplots(figsize=(0.42 * n + 1.4, 0.3 * k + 1.2))
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for i in range(k):
+        for j in range(n):
+            axes.text(j, i, f"{int(counts[i, j])}", ha="center", va="center", fontsize=6, color="white" if shares[i, j] > 0.6 else "black")
+    axes.set_xticks(range(n), range(n), fontsize=7)
+    axes.set_yticks(range(k), range(k), fontsize=7)
+    axes.set(xlabel=columns, ylabel=rows)
+    axes.set_title(title, fontsize=9)
+    _save(figure, path)
+
+
+def save_points(points: Tensor, groups: Tensor, path: Path, title: str) -> None:
+    """Points (n, 2) in the colours of their groups (n,), numbers 0, 1, …, with a legend."""
+    figure, axes = _pyplot().subplots(figsize=(5, 4.4))
+    drawn = axes.scatter(*points.T.numpy(), s=4, c=groups.numpy(), cmap="tab10", linewidths=0)
+    axes.legend(*drawn.legend_elements(num=None), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(labelsize=7)
+    _save(figure, path)
+
+
 def save_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], path: Path, x_label: str, log: bool = False) -> None:
     """One panel for each named curve (x, y), side by side; log: on logarithmic axes."""
     figure, panels = _pyplot().subplots(1, len(curves), figsize=(3.2 * len(curves), 2.6), squeeze=False)
@@ -92,6 +118,13 @@ def save_error_curves(panels: dict[str, dict[str, tuple]], path: Path, x_label: 
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     _save(figure, path)
+
+
+def save_course(rows: Sequence[dict], path: Path, names: Sequence[str] = ()) -> None:
+    """The columns of a log against the epoch, those of `names` that there are, or all. rows: as in log.csv; a column may have gaps."""
+    columns = dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "seconds") and (not names or name in names))
+    points = {name: [(row["epoch"], row[name]) for row in rows if name in row] for name in columns}
+    save_curves({name: tuple(zip(*several, strict=True)) for name, several in points.items()}, path, "epoch")
 
 
 def save_scatters(panels: dict[str, tuple[Tensor, Tensor, Tensor]], path: Path, columns: int = 4) -> None:

@@ -140,10 +140,8 @@ def table_6(trained: Trained, data: Dataset, scorer: Scorer, seed: int) -> dict[
 
 def figures(trained: Trained, folder: Path, seed: int) -> None:
     """Samples of each Gaussian and the way from one to the next (Fig. 2), three Gaussians (Fig. 3), the course of training (Fig. 4)."""
-    k, rows = trained.config.components, trained.state["rows"]
-    names = [name for name in CURVES if any(name in row for row in rows)]
-    curves = {name: [(row["epoch"], row[name]) for row in rows if name in row] for name in names}
-    plots.save_curves({name: tuple(zip(*points, strict=True)) for name, points in curves.items()}, folder / "training.png", "epoch")
+    k = trained.config.components
+    plots.save_course(trained.state["rows"], folder / "training.png", CURVES)
     own = torch.eye(k)
     labels = [f"Gaussian {i}" for i in range(k)]
     made = trained.sample(own.repeat_interleave(10, 0), seed)

@@ -54,6 +54,8 @@ class Task:
     epochs: Count = 200  # passes over the training set
     score_every: Count = 10  # epochs between Inception Scores and FIDs, where the Inception weights are at hand
 
+    LEFT_TO_DATA = ("n_components",)  # what a run fills in where the config has null
+
     def __post_init__(self):
         kind, _, path = self.dataset.partition(":")
         if kind not in SETS or (path != "") != (SETS[kind][1] is None):

@@ -25,7 +25,7 @@ SAMPLES = 10_000  # scored
 CURVE_SAMPLES = 5_000  # at each σ of Fig. 7
 PAIRS = 5_000  # of them, whose MS-SSIM stands for all
 MULTIPLIERS = toy.MULTIPLIERS  # the σ of Sec. 4.3: 0.5, 0.6 … 2.0
-SHOWN_MULTIPLIERS = (0.1, 0.5, 1.0, 2.0)  # of Fig. 6
+SHOWN_MULTIPLIERS = toy.SHOWN_MULTIPLIERS  # of Fig. 6
 NATURAL = ("cifar10", "stl10")  # data sets of Table 2, for which the Inception network means something
 INCEPTION_SAMPLES = 50_000  # of Table 2, in 10 parts, as the score's authors do
 
@@ -45,8 +45,8 @@ class Trained:
 
     def sample(self, n: int, multiplier: float = 1.0, seed: int = 0) -> Tensor:
         """n of each Gaussian (or of each class of AC-GAN), group by group: points (groups · n, 2), or uint8 images (…, C, H, W)."""
-        made = generate_many(self.networks, self.system, self.config, n, run.generator(seed, "sample"), multiplier)
-        return to_bytes(made) if made.dim() == 4 else made
+        convert = to_bytes if len(self.config.shape) == 3 else Tensor.cpu  # batch by batch: all of them as floats could be 10 GB
+        return generate_many(self.networks, self.system, self.config, n, run.generator(seed, "sample"), multiplier, convert)
 
     def mixture(self, n: int, multiplier: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
         """n images of the whole mixture, as near to equally many of each group as can be, and the group (n,) of each."""
@@ -57,8 +57,8 @@ class Trained:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as uint8."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    """Images in [-1, 1] as uint8, on the CPU."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Trained:
@@ -205,9 +205,7 @@ def inception_score(trained: Trained, data: Dataset, options: run.Options, weigh
 
 def figures(trained: Trained, data: Dataset, metrics: dict[str, float], folder: Path) -> None:
     """Samples by Gaussian (Fig. 8) and at several σ (Fig. 6), the run's own curves (Figs. 2 and 7), and the course of training."""
-    rows = trained.state["rows"]
-    names = [name for name in rows[0] if name not in ("epoch", "seconds")]
-    plots.save_curves({name: ([r["epoch"] for r in rows], [r[name] for r in rows]) for name in names}, folder / "training.png", "epoch")
+    plots.save_course(trained.state["rows"], folder / "training.png")
     if not hasattr(trained.system, "generate"):
         return
     groups = trained.config.groups

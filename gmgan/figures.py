@@ -1,6 +1,6 @@
 """The figures that compare runs: 3, 4 and 5 on the toy, 2 and 7 on images.
 
-    python -m gmgan.figures --runs runs --out runs/gmgan/figures
+    python -m gmgan.figures --runs runs
 
 Figures 3 and 4 need the runs themselves (seed 0 of each); 2, 5 and 7 take the reference results and the evaluated runs under --runs,
 every seed of each, with standard errors. What is missing is said and left out.
@@ -8,6 +8,7 @@ every seed of each, with standard errors. What is missing is said and left out.
 
 import math
 import statistics
+import time
 from pathlib import Path
 
 from common import diff, plots, run
@@ -51,10 +52,12 @@ def figures_3_and_4(runs: Path, out: Path) -> None:
     points, trained = toy.dataset().train_images, {}
     for name, experiment in TOY.items():
         folder = runs / "gmgan" / experiment / "seed0"
-        if not (folder / "checkpoint.pt").exists():
-            print(f"figure 3: {experiment} left out: no run in {folder}; make gmgan-{experiment}")
-            continue
-        trained[name] = load_run(folder)
+        if not (folder / "eval.json").exists():
+            print(f"figure 3: {experiment} left out: no evaluated run in {folder}; make gmgan-{experiment}")
+        elif reason := diff.not_comparable(diff.read_records(folder / "eval.json")[0], diff.config_of("gmgan", experiment)):
+            print(f"figure 3: {experiment} left out: {reason}")
+        else:
+            trained[name] = load_run(folder)
     if trained:
         panels = {name: (points, *toy.judged(t.networks, t.system, t.config)) for name, t in trained.items()}
         plots.save_scatters(panels, out / "figure-3.png")
@@ -121,11 +124,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=run.as_path, help="where the figures go; default: <runs>/gmgan/figures")
     options = parser.parse_all(argv)
     out = options.out or options.runs / "gmgan" / "figures"
+    started = time.time()
     figures_3_and_4(options.runs, out)
     found = records(options.runs)
     for figure in (figure_2, figure_4_curves, figure_5, figure_7):
         figure(found, out)
-    made = sorted(path.name for path in out.glob("figure-*.png"))
+    made = sorted(path.name for path in out.glob("figure-*.png") if path.stat().st_mtime >= started - 1)
     if not made:
         raise run.UserError(f"no run of gmgan under {options.runs} and no reference results: train one first, as in make gmgan-toy")
     print(f"{out}: {', '.join(made)}")

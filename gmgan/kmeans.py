@@ -29,6 +29,11 @@ RESTARTS = 10  # of K-means, by k-means++; the best by its own objective counts
 class Config(Task):
     module: Literal["kmeans"] = "kmeans"
 
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.shape) == 1:
+            raise ValueError(f"dataset: {self.dataset} has no images")
+
 
 def dense(sizes: list[int]) -> list[nn.Module]:
     layers: list[nn.Module] = []

@@ -15,7 +15,8 @@ WINDOW, WINDOW_DEVIATION = 11, 1.5  # the Gaussian window of SSIM
 
 def nearest_distances(features: Tensor, reference: Tensor, batch: int = 1000) -> Tensor:
     """‖c_l(x) - c_l(NN(x))‖₂ of eq. (6), (n,): from each of features (n, d) to the nearest of reference (m, d)."""
-    return torch.cat([torch.cdist(part, reference).amin(1) for part in features.split(batch)])
+    # cdist finds the nearest by products of matrices, which cost small distances their digits: the distance itself is taken anew.
+    return torch.cat([(part - reference[torch.cdist(part, reference).argmin(1)]).norm(dim=1) for part in features.split(batch)])
 
 
 def quality(distances: Tensor, log_a: float) -> Tensor:
@@ -78,7 +79,7 @@ def intra_class_diversity(images: Tensor, pairs: int, generator: torch.Generator
 def inter_class_diversity(classes: Tensor, n_classes: int) -> float:
     """d_inter, eq. (9): the entropy of how often each of N ≥ 2 classes (n,) occurs, as a share of log N."""
     shares = classes.bincount(minlength=n_classes).double() / len(classes)
-    return max(-(torch.special.xlogy(shares, shares)).sum().item(), 0.0) / math.log(n_classes)
+    return max(0.0, -torch.special.xlogy(shares, shares).sum().item()) / math.log(n_classes)
 
 
 def diversity(intra: float, inter: float) -> float:

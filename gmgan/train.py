@@ -8,6 +8,7 @@ trains AC-GAN (acgan.py) and the auto-encoder whose codes K-means clusters (kmea
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -55,6 +56,8 @@ class Task:
     beta1: NonNegative = 0.5  # Adam's; its second one is 0.999
     epochs: Count = 53  # passes over the training set; an epoch has its size / b_D iterations
 
+    LEFT_TO_DATA = ("n_classes",)  # what a run fills in where the config has null
+
     def __post_init__(self):
         kind, _, path = self.dataset.partition(":")
         if kind not in SETS or (path != "") != (SETS[kind][1] is None):
@@ -62,8 +65,13 @@ class Task:
             raise ValueError(f"dataset: {self.dataset!r} is not one of {names}")
         if self.beta1 >= 1:
             raise ValueError(f"beta1: {self.beta1} is out of range; allowed: below 1")
-        if self.classes is not None and self.n_classes not in (None, len(self.classes.split(","))):
-            raise ValueError(f"n_classes: {self.n_classes}, but classes names {len(self.classes.split(','))}; give one of them")
+        named = self.classes.split(",") if self.classes is not None else []
+        if self.classes is not None and self.n_classes not in (None, len(named)):
+            raise ValueError(f"n_classes: {self.n_classes}, but classes names {len(named)}; give one of them")
+        if "" in named or len(set(named)) < len(named):
+            raise ValueError(f"classes: expected different names with commas, found {self.classes!r}")
+        if kind in toy.VARIANCE and (self.classes or self.n_classes):
+            raise ValueError("classes, n_classes: the toy is judged against its nine Gaussians; it cannot be narrowed")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,15 +103,14 @@ class Config(Gan):
     mixture: Literal["static", "dynamic", "dynamic_diagonal"] = "static"  # dynamic: μ_k and A_k are trained; A_k in full or diagonal
     supervised: bool = False  # a discriminator with one output a class
     class_map: str | None = None  # f(k) of each Gaussian as "0,1,2,…" (K ≥ N), or g of each class (K < N); None: k mod N, n mod K
-
     cluster_samples: Count = 10_000  # M, of each Gaussian, from which Algorithm 2 learns
 
     def __post_init__(self):
         super().__post_init__()
-        if self.supervised and (self.class_count > 1 or self.class_map):
-            correspondence(self.components, self.class_count, self.class_map)
-        elif self.class_map:
+        if self.class_map and not self.supervised:
             raise ValueError("class_map: of no influence without --supervised true")
+        if self.supervised and self.class_count > 1:  # else N stands in a folder that was not read yet
+            correspondence(self.components, self.class_count, self.class_map)
 
     @property
     def components(self) -> int:
@@ -227,7 +234,7 @@ def load_data(config: Task, options: run.Options) -> tuple[Task, Dataset]:
         raise run.UserError(f"n_classes: {config.n_classes} asked for, but {data.name} has {data.n_classes} classes")
     if len(wanted) < 2:
         raise run.UserError(f"{data.name}: {len(wanted)} class is left; supervision, clustering and the scores need at least 2")
-    if len(wanted) < data.n_classes:
+    if wanted != list(data.class_names):
         data = narrowed(data, [data.class_names.index(name) for name in wanted])
     if config.batch_real > len(data.train_images):
         raise run.UserError(f"batch_real: {config.batch_real} is more than the {len(data.train_images)} training images")
@@ -299,11 +306,17 @@ def show(networks: dict[str, nn.Module], system: ModuleType, config: Gan, path: 
 
 @torch.no_grad()
 def generate_many(
-    networks: dict[str, nn.Module], system: ModuleType, config: Gan, n: int, noise: torch.Generator, multiplier: float = 1.0
+    networks: dict[str, nn.Module],
+    system: ModuleType,
+    config: Gan,
+    n: int,
+    noise: torch.Generator,
+    multiplier: float = 1.0,
+    convert: Callable[[Tensor], Tensor] = Tensor.cpu,
 ) -> Tensor:
     """n points or images of each group, (groups · n, …) on the CPU, group by group, in batches; batch normalisation by its running means.
 
-    noise: a generator on the CPU.
+    noise: a generator on the CPU. convert: what is kept of each batch.
     """
     device = next(networks["generator"].parameters()).device
     components = torch.arange(config.groups).repeat_interleave(n)
@@ -311,7 +324,7 @@ def generate_many(
     networks["generator"].eval()
     for k in components.split(1000):
         epsilon = torch.randn(len(k), config.latent_dim, generator=noise)
-        parts.append(system.generate(networks, epsilon.to(device), k.to(device), multiplier).cpu())
+        parts.append(convert(system.generate(networks, epsilon.to(device), k.to(device), multiplier)))
     networks["generator"].train(mode)
     return torch.cat(parts)
 

@@ -61,6 +61,8 @@ class Task:
     grad_clip_value: Positive | None = 1.0  # then each entry to ±this
     epochs: Count = 500  # passes over the training set
 
+    LEFT_TO_DATA = ("n_components",)  # what a run fills in where the config has null
+
     def __post_init__(self):
         kind, _, path = self.dataset.partition(":")
         if kind not in SETS or (path != "") != (SETS[kind][1] is None):

@@ -250,7 +250,7 @@ def test_the_best_seed_stands_beside_the_mean_where_the_published_number_may_be_
         put_result(tmp_path / "runs/segma", "mnist", seed, test_error=error)
     diff.collect(tmp_path / "runs")
     row = next(r for r in diff.table("segma", None) if r[0] == "Table II, MNIST" and r[2] == "mnist")
-    assert row[4].startswith("18 ± 2 (n=3") and row[4].endswith("; best seed 16") and row[5] == "+5.3"
+    assert row[4].startswith("18 ± 2 (n=3") and row[4].endswith("; the best seed 16") and row[5] == "+5.3"
 
 
 @pytest.mark.parametrize(
@@ -265,18 +265,32 @@ def test_the_best_seed_stands_beside_the_mean_where_the_published_number_may_be_
         ([1, 2, 3], [0], "higher", "number", "undecided, indicative (difference in [-0.484, 4.48])"),
         # paired: the differences are 1 but once 2
         ([2, 3, 4, 6, 6], [1, 2, 3, 4, 5], "higher", "paired", "holds (difference in [0.645, 1.76])"),
-        ([9, 9, 8], [9], "equal", "number", "holds in part (2 of 3 seeds)"),
-        ([9, 9], [9], "equal", "number", "holds (2 of 2 seeds)"),
-        ([7], [9], "equal", "number", "fails (0 of 1 seeds)"),
+        ([9, 9, 8], [9], "equal", "number", "fails (in 2 of 3 seeds)"),
+        ([9, 9], [9], "equal", "number", "holds (in 2 of 2 seeds)"),
+        ([7], [9], "equal", "number", "fails (in 0 of 1 seeds)"),
         ([7], [9, 10], "lower", "seeds", "one seed: as claimed"),
         ([7], [6], "lower", "seeds", "one seed: not as claimed"),
         ([7, 8, 9], [6], "lower", "seeds", "one seed: not as claimed"),
+        ([7], [7], "higher", "seeds", "one seed: not as claimed"),
         ([3, 3, 3, 3, 3], [1, 1, 1, 1, 1], "higher", "seeds", "holds (difference in [2, 2])"),
     ],
 )  # fmt: skip
 def test_verdicts_on_claims(ours, against, wanted, kind, expected):
     found = diff.verdict_on_claim([float(x) for x in ours], [float(x) for x in against], wanted, kind)[1]
     assert found == expected
+
+
+def test_what_a_config_leaves_to_the_data_and_a_folder_s_place_are_no_other_config():
+    config = run.experiment_config("gmgan", "signs-all")
+    given = {**asdict(config), "dataset": "signs:/somewhere/else", "n_classes": 43}
+    made = record(epochs=config.epochs) | {"config": given, "config_hash": "of these"}
+    assert diff.unfinished(made, config) is None
+    assert diff.unfinished(made | {"config": {**given, "width": 32}}, config) == "another config (width 32)"
+    assert "dataset" in diff.unfinished(made | {"config": {**given, "dataset": "folder:x"}}, config)
+    assert diff.unfinished(made | {"config": {**given, "new": 1}}, config) == "another config (a field unknown here)"
+    mnist = run.experiment_config("gmgan", "mnist")  # there all is given
+    made = record(epochs=mnist.epochs) | {"config": asdict(mnist) | {"n_components": None}, "config_hash": "of these"}
+    assert diff.unfinished(made, mnist) == "another config (n_components None)"
 
 
 def test_claims_name_experiments_and_say_where_nothing_was_run(house, tmp_path):
