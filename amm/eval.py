@@ -1,0 +1,204 @@
+"""Every table and figure of the AMM paper from a trained run.
+
+    python -m amm.eval mnist --seed 0 --data data
+
+Writes eval.json and figures/ into the run's folder.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from amm.model import bayes_classes
+from amm.train import Config, Split, as_input, build, draw, infer, many_to_one_error, mixture, split
+from common import plots, run
+from common.data import Dataset, load
+from common.metrics import contingency, error_rate
+
+STEPS = 9  # images from one test image to another
+EMBEDDED = 2_000  # test images of the t-SNE projection
+NOISE = 0.5  # a cluster whose largest class has a smaller share than this is called a noise cluster
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained run. Images go in as uint8 (N, C, H, W) and come out as floats in [0, 1]; codes are y (N, K) and z (N, D) on the CPU."""
+
+    config: Config
+    networks: dict[str, nn.Module]
+    state: dict  # the checkpoint
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.networks["decoder"].parameters()).device
+
+    def infer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """y, the softmax of h_y's mean, and z's mean."""
+        h, z = infer(self.networks, images.to(self.device))
+        return h.softmax(1), z
+
+    @torch.no_grad()
+    def decode(self, y: Tensor, z: Tensor) -> Tensor:
+        parts = zip(y.to(self.device).split(500), z.to(self.device).split(500), strict=True)
+        return torch.cat([self.networks["decoder"](a, b).cpu() for a, b in parts])
+
+    def sample(self, components: Tensor, seed: int = 0) -> Tensor:
+        """Images of these components (n,)."""
+        return draw(self.networks, self.config, components, run.generator(seed, "sample"))
+
+    def bayes(self, z: Tensor, priors: Tensor) -> Tensor:
+        """ŷ_z, eq. (19), (N,), under the learned mixture and p(y) (K,)."""
+        means, log_variances = (t.cpu() for t in mixture(self.networks, self.config.n_components))
+        return torch.cat([bayes_classes(part, means, log_variances, priors) for part in z.split(2000)])
+
+
+def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Trained:
+    """The run in `folder`, as far as its last checkpoint. Raises UserError where there is none, or it is damaged."""
+    state = run.load_checkpoint(Path(folder) / "checkpoint.pt")
+    if state is None:
+        raise run.UserError(f"{folder}: no trained run here (no checkpoint.pt)")
+    config = run.make_config(Config, state["config"], str(folder))
+    networks = build(config)
+    for name, network in networks.items():
+        network.load_state_dict(state["networks"][name])
+        network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return Trained(config, networks, state)
+
+
+def evaluate(options: run.Options) -> dict:
+    """Evaluate one run: its metrics, written to eval.json, and its figures."""
+    device, folder = run.set_up(options), options.folder("amm")
+    trained = load_run(folder, device)
+    data = load(trained.config.dataset, options.data, options.unofficial_data)
+    if data.digest != trained.state["identity"]["data_digest"]:
+        raise run.UserError(f"{folder}: trained on {data.name} with digest {trained.state['identity']['data_digest']}, found {data.digest}")
+    s = split(trained.config, data, options.seed)
+    metrics = predictions(trained, data.test_images, data.test_labels, s.priors, data.n_classes)
+    if trained.config.validation:
+        on_validation = predictions(trained, s.validation_images, s.validation_labels, s.priors, data.n_classes)
+        metrics |= {f"{name}_validation": value for name, value in on_validation.items()}
+    result = {
+        "experiment": options.experiment,
+        "seed": options.seed,
+        "metrics": metrics,
+        "config": dataclasses.asdict(trained.config),
+        "config_hash": run.config_hash(trained.config),
+        "provenance": run.provenance(trained.state) | {"evaluation": run.session(device)},
+    }
+    run.write_json(folder / "eval.json", result)
+    figures(trained, data, s, folder / "figures", options.seed)
+    return result
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def predictions(trained: Trained, images: Tensor, labels: Tensor, priors: Tensor, n_classes: int) -> dict[str, float]:
+    """Tables 1 and 2, in percent, by both predictions: eq. (19), and (_g_y) argmax of G_y.
+
+    AMM: errors by eq. (17), each cluster counting for its most frequent class, and (_one_to_one) with each class given to one cluster at
+    most. SAMM: component k is class k. Beside them what the paper says in words: how often the two predictions agree; how pure a cluster
+    is, by G_y, on the mean and at worst; how many are noise.
+    """
+    y, z = trained.infer(images)
+    k, found = trained.config.n_components, {}
+    both = {"": trained.bayes(z, priors), "_g_y": y.argmax(1)}
+    for suffix, predicted in both.items():
+        if trained.config.semi_supervised:
+            found[f"error{suffix}"] = error_rate(predicted, labels)
+        else:
+            table = contingency(predicted, labels, k, n_classes)
+            found[f"error{suffix}"] = many_to_one_error(table)
+            found[f"error_one_to_one{suffix}"] = one_to_one_error(table)
+    table = contingency(both["_g_y"], labels, k, n_classes)
+    used = table[table.sum(1) > 0]
+    purity = used.amax(1) / used.sum(1)
+    return found | {
+        "agreement": 100 - error_rate(both[""], both["_g_y"]),
+        "purity": 100 * purity.mean().item(),
+        "least_purity": 100 * purity.min().item(),
+        "noise_clusters": float((purity < NOISE).sum()),
+        "empty_clusters": float(k - len(used)),
+    }
+
+
+def one_to_one_error(table: Tensor) -> float:
+    """In percent: each class is given to one cluster at most, in the best way. table: (K, N) counts."""
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = linear_sum_assignment(table.numpy(), maximize=True)
+    return 100 * (1 - (table[rows, columns].sum() / table.sum()).item())
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def figures(trained: Trained, data: Dataset, s: Split, folder: Path, seed: int) -> None:
+    """Figures 2 to 4: members and samples of each component, matrices, reconstructions, interpolations, t-SNE; the course of training."""
+    k = trained.config.n_components
+    plots.save_course(trained.state["rows"], folder / "training.png")
+    generator = run.generator(seed, "figures")
+    y, z = trained.infer(data.test_images)
+    by_g_y, by_bayes = y.argmax(1), trained.bayes(z, s.priors)
+    labels = [f"{i}" for i in range(k)]
+
+    samples = trained.sample(torch.arange(k).repeat_interleave(10), seed)
+    plots.save_labelled_grid(samples, folder / "samples.png", 10, "Samples of each component", labels)
+    members = torch.zeros(k, 10, *data.test_images.shape[1:])
+    for i in range(k):
+        mine = (by_g_y == i).nonzero()[:, 0]
+        mine = mine[torch.randperm(len(mine), generator=generator)[:10]]
+        members[i, : len(mine)] = as_input(data.test_images[mine])
+    plots.save_labelled_grid(members.flatten(0, 1), folder / "members.png", 10, "Test images that G_y gives to each component", labels)
+
+    for name, predicted, title in (("g_y", by_g_y, "argmax of G_y"), ("bayes", by_bayes, "eq. (19)")):
+        table = contingency(predicted, data.test_labels, k, data.n_classes)
+        plots.save_counts(table, folder / f"matrix_{name}.png", f"Test images by {title}", "component", "class")
+
+    lines = min(5, len(data.test_images) // 10)
+    chosen = torch.randperm(len(data.test_images), generator=generator)[: 10 * lines]
+    originals, decoded = as_input(data.test_images[chosen]), trained.decode(y[chosen], z[chosen])
+    pairs = torch.stack([images.view(lines, 10, *images.shape[1:]) for images in (originals, decoded)], 1)
+    title = "Test images and, below each row, their reconstructions"
+    plots.save_labelled_grid(pairs.flatten(0, 2), folder / "reconstructions.png", 10, title)
+
+    ends = torch.randperm(len(data.test_images), generator=generator)[:20].view(10, 2)
+    t = torch.linspace(0, 1, STEPS)[None, :, None]
+    between = [code[ends[:, :1]] + t * (code[ends[:, 1:]] - code[ends[:, :1]]) for code in (y, z)]  # (10, STEPS, …)
+    made = trained.decode(*(code.flatten(0, 1) for code in between)).view(10, STEPS, *data.test_images.shape[1:])
+    first, last = (as_input(data.test_images[ends[:, i]])[:, None] for i in (0, 1))
+    title = "Between test images: first and last are real"
+    plots.save_labelled_grid(torch.cat([first, made, last], 1).flatten(0, 1), folder / "interpolations.png", STEPS + 2, title)
+
+    shown = torch.randperm(len(z), generator=generator)[:EMBEDDED]
+    plots.save_points(embedded(z[shown]), data.test_labels[shown], folder / "tsne.png", "t-SNE of z, test images by class")
+
+
+def embedded(z: Tensor) -> Tensor:
+    """t-SNE (n, 2) of codes (n, D), its settings pinned."""
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(z) - 1) / 3)
+    found = TSNE(2, perplexity=perplexity, init="pca", learning_rate="auto", max_iter=1000, random_state=0).fit_transform(z.numpy())
+    return torch.from_numpy(found)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = run.Parser(prog="python -m amm.eval")
+    run.add_options(parser, "amm")
+    options = run.Options(**vars(parser.parse_all(argv)))
+    run.check_experiment("amm", options.experiment)
+    result = evaluate(options)
+    folder = options.folder("amm")
+    done, asked = result["provenance"]["epochs"], result["config"]["epochs"]
+    print(f"amm {options.experiment}, seed {options.seed}, {done} of {asked} epochs on {result['provenance']['data']}:")
+    for name, value in result["metrics"].items():
+        print(f"  {name:<34}{value:.4g}")
+    print(f"numbers in {folder / 'eval.json'}, pictures in {folder / 'figures'}; next: make diff")
+
+
+if __name__ == "__main__":
+    run.exit_with(main)

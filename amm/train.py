@@ -1,0 +1,339 @@
+"""AMM and SAMM: the Adversarially Learned Mixture Model, unsupervised and semi-supervised (Jesson et al., 2018). Algorithms 1 and 2.
+
+    python -m amm.train mnist --seed 0 --data data
+
+Run it again to resume; `--describe` prints what would be trained.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from amm.model import (
+    Components,
+    Decoder,
+    Discriminator,
+    Encoder,
+    decoder_loss,
+    discriminator_loss,
+    encoder_loss,
+    gradient_penalty,
+    initialise,
+    sampled,
+)
+from common import run
+from common.data import Dataset, choose_labels, load
+from common.metrics import contingency, error_rate
+from common.plots import save_grid
+from common.run import Count, NonNegative, Positive, Range
+
+SETS = {  # data set: image shape, classes; None: the number is found in the folder
+    "digits": ((1, 28, 28), 10),
+    "mnist": ((1, 28, 28), 10),
+    "fashion_mnist": ((1, 28, 28), 10),
+    "svhn": ((3, 32, 32), 10),
+    "svhn_extra": ((3, 32, 32), 10),
+    "folder": ((1, 28, 28), None),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The values' sources stand in configs/*.yaml, the choices in the ledger."""
+
+    dataset: str = "mnist"  # one of SETS; folder:<path> is a person's own. Pixels in [0, 1]
+    n_components: Count = 10  # K
+    latent_dim: Count = 64  # of z
+    factorisation: Literal["eq7", "eq6"] = "eq7"  # q(z|x) q(y|x, z), the tables' wiring, or q(y|x) q(z|x, y), Algorithm 1's
+    variance: Literal["unit", "learned"] = "unit"  # of the components: Tables 4 and 8
+    semi_supervised: bool = False  # SAMM, Algorithm 2
+    n_labels: Count = 1000  # SAMM: training images whose class is known
+    labels: Literal["random", "stratified", "first"] = "random"  # which ones
+    penalty: NonNegative = 10.0  # λ of eq. (18)
+    batch: Annotated[int, Range(2)] = 100  # M, images a step of each kind
+    learning_rate: Positive = 2.0e-4  # α, Adam's, constant
+    beta1: NonNegative = 0.5  # Adam's; its second one is 0.999
+    validation: Annotated[int, Range(0)] = 5000  # training images held out
+    held_out: Literal["random", "last"] = "random"  # which ones
+    epochs: Count = 200  # passes over the training images
+
+    def __post_init__(self):
+        kind, _, path = self.dataset.partition(":")
+        if kind not in SETS or (path != "") != (SETS[kind][1] is None):
+            names = ", ".join(f"{name}:<path>" if n is None else name for name, (_, n) in SETS.items())
+            raise ValueError(f"dataset: {self.dataset!r} is not one of {names}")
+        if self.beta1 >= 1:
+            raise ValueError(f"beta1: {self.beta1} is out of range; allowed: below 1")
+        if self.n_components < 2:
+            raise ValueError(f"n_components: a mixture has at least 2, found {self.n_components}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return SETS[self.dataset.partition(":")[0]][0]
+
+
+def build(config: Config) -> dict[str, nn.Module]:
+    """The four networks by name. components is G_z(y), the mixture."""
+    shape, k, d = config.shape, config.n_components, config.latent_dim
+    networks = {
+        "encoder": Encoder(shape, k, d, "y" if config.factorisation == "eq7" else "z"),
+        "components": Components(shape, k, d, config.variance),
+        "decoder": Decoder(shape, k, d),
+        "discriminator": Discriminator(shape, k, d),
+    }
+    for network in networks.values():
+        initialise(network)
+    return networks
+
+
+def examples(config: Config) -> dict[str, Tensor | tuple[Tensor, ...]]:
+    """An input for each network, for `--describe`."""
+    x, y, z = torch.zeros(2, *config.shape), torch.zeros(2, config.n_components), torch.zeros(2, config.latent_dim)
+    return {"encoder": x, "components": y, "decoder": (y, z), "discriminator": (x, y, z)}
+
+
+PLAYERS = {"discriminator": ("discriminator",), "decoder": ("decoder", "components"), "encoder": ("encoder",)}  # each its own optimiser
+
+
+class Batch(NamedTuple):
+    """What a training step gets. Images in [0, 1]."""
+
+    images: Tensor  # (M, C, H, W), labels unseen
+    labelled: Tensor  # SAMM: (M, C, H, W), else none
+    labels: Tensor  # (M,)
+
+
+class Game(NamedTuple):
+    """Both joints of one game: (x, y, z) inferred and generated, each (M, …)."""
+
+    inferred: tuple[Tensor, Tensor, Tensor]
+    generated: tuple[Tensor, Tensor, Tensor]
+
+
+# ------------------------------------------------------------------------------------------------------- Algorithms 1, 2
+
+
+def train_step(
+    networks: dict[str, nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+    batch: Batch,
+    priors: Tensor,
+    config: Config,
+    precision: str = "fp32",
+) -> dict[str, Tensor]:
+    """One iteration of Algorithm 1, or with labels of Algorithm 2. Draws from torch's global generator. Returns what the log shows.
+
+    priors: p(y), (K,). All gradients are taken from the same samples before any parameter moves; D's comes first in the listing.
+    """
+    found, terms = gradients(networks, batch, priors, config, precision)
+    norms = {}
+    for player, optimizer in optimizers.items():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for p, gradient in zip(parameters, found[player], strict=True):
+            p.grad = gradient
+        norms[f"{player}_grad"] = torch.stack(torch._foreach_norm(found[player])).norm()
+        optimizer.step()
+    return terms | norms
+
+
+def gradients(
+    networks: dict[str, nn.Module], batch: Batch, priors: Tensor, config: Config, precision: str = "fp32"
+) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+    """The gradients of each player's loss in its parameters, and the losses."""
+    device, m = batch.images.device, len(batch.images)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        games = [play(networks, batch.images, None, priors, config)]
+        if config.semi_supervised:  # Algorithm 2's second game, in which y is known
+            label = F.one_hot(batch.labels, config.n_components).to(batch.labelled.dtype)
+            games.append(play(networks, batch.labelled, label, priors, config))
+        # ρ_q and ρ_p of every game in one pass: D normalises nothing over a batch.
+        sides = [side for game in games for side in (game.inferred, game.generated)]
+        rho = networks["discriminator"](*(torch.cat(parts) for parts in zip(*sides, strict=True)))
+        ends = [[torch.cat([game[i][j] for game in games]).detach() for j in range(3)] for i in (0, 1)]
+        between = torch.rand(len(ends[0][0]), device=device)
+        penalty = gradient_penalty(networks["discriminator"], *ends, between) if config.penalty else rho.new_zeros(())
+    share = 1 / len(games)  # Algorithm 2 has 1 / 2M where Algorithm 1 has 1 / M
+    pairs = [(rho[2 * i * m :][:m], rho[(2 * i + 1) * m :][:m]) for i in range(len(games))]
+    losses = {
+        "discriminator": share * sum(discriminator_loss(q, p) for q, p in pairs) + config.penalty * penalty,
+        "decoder": share * sum(decoder_loss(p) for _, p in pairs),
+        "encoder": share * sum(encoder_loss(q) for q, _ in pairs),
+    }
+    found = {}
+    for player, names in PLAYERS.items():
+        parameters = [p for name in names for p in networks[name].parameters()]
+        # A label's place under eq. (6) is empty in AMM: such parameters have gradient 0.
+        last = player == "encoder"
+        given = torch.autograd.grad(losses[player], parameters, retain_graph=not last, allow_unused=True, materialize_grads=True)
+        found[player] = list(given)
+    used = games[0].inferred[1].detach().mean(0)
+    terms = {f"{player}_loss": loss for player, loss in losses.items()} | {
+        "penalty": penalty,
+        "d_inferred": torch.cat([q for q, _ in pairs]).sigmoid().mean(),
+        "d_generated": torch.cat([p for _, p in pairs]).sigmoid().mean(),
+        "components_entropy": -torch.special.xlogy(used, used).sum() / math.log(config.n_components),
+    }
+    return found, terms
+
+
+def play(networks: dict[str, nn.Module], x: Tensor, label: Tensor | None, priors: Tensor, config: Config) -> Game:
+    """The samples of one game, in the order of Algorithm 1.
+
+    x: (M, C, H, W); label: (M, K) one-hot, or None where y is inferred. Under eq. (7) the listing's lines for ỹ and z̃ change places: z̃ is
+    drawn from x alone and ỹ from x and what z̃ is made of.
+    """
+    components = torch.multinomial(priors, len(x), replacement=True)
+    y = F.one_hot(components, config.n_components).to(x.dtype)  # y ~ p(y)
+    z = sampled(*networks["components"](y))  # z ~ p(z|y)
+    generated = networks["decoder"](y, z)  # x̃ ~ p(x|y, z)
+    h, code = networks["encoder"](x, label)
+    inferred_y = sampled(*h).softmax(-1) if label is None else label  # ỹ, eqs. (8), (9); or the known y
+    return Game((x, inferred_y, sampled(*code)), (generated, y, z))  # z̃, eq. (10)
+
+
+# --------------------------------------------------------------------------------------------------------------- the loop
+
+
+def as_input(images: Tensor) -> Tensor:
+    """uint8 images 0 … 255 as the networks take them: [0, 1] (Sec. 4)."""
+    return images.float() / 255
+
+
+class Split(NamedTuple):
+    """A data set as a run sees it. Images uint8 (…, C, H, W), labels int64."""
+
+    images: Tensor
+    labels: Tensor
+    validation_images: Tensor
+    validation_labels: Tensor
+    known: Tensor  # SAMM: indices of the labelled ones among `images`
+    priors: Tensor  # p(y), (K,)
+
+
+def split(config: Config, data: Dataset, seed: int) -> Split:
+    """Training and validation images, the labelled ones, p(y). Raises UserError where they cannot fit."""
+    n, held = len(data.train_images), config.validation
+    if held + config.batch > n:
+        raise run.UserError(f"validation: {held} held out of {n} training images leave fewer than a batch of {config.batch}")
+    order = torch.randperm(n, generator=run.generator(seed, "validation")) if config.held_out == "random" else torch.arange(n)
+    kept, out = order[: n - held].sort().values, order[n - held :].sort().values
+    images, labels = data.train_images[kept], data.train_labels[kept]
+    known, priors = torch.arange(0), torch.full((config.n_components,), 1 / config.n_components)
+    if config.semi_supervised:
+        if data.n_classes < 2:
+            raise run.UserError(f"{data.name} has {data.n_classes} class; labels need at least 2")
+        if config.n_components != data.n_classes:
+            raise run.UserError(f"n_components: {config.n_components} cannot stand for the {data.n_classes} classes of {data.name}")
+        if config.n_labels < data.n_classes:
+            raise run.UserError(f"n_labels: {config.n_labels} labels are fewer than the {data.n_classes} classes of {data.name}")
+        known = choose_labels(labels, config.n_labels, config.labels, data.n_classes, seed)  # refuses a draw without some class
+        priors = labels[known].bincount(minlength=config.n_components).float() / config.n_labels
+    return Split(images, labels, data.train_images[out], data.train_labels[out], known, priors)
+
+
+@torch.no_grad()
+def infer(networks: dict[str, nn.Module], images: Tensor, batch: int = 500) -> tuple[Tensor, Tensor]:
+    """h_y's means (N, K) and z's (N, D) of uint8 images, on the CPU; no noise, no dropout, batch normalisation by its running means."""
+    mode = networks["encoder"].training
+    networks["encoder"].eval()
+    parts = [networks["encoder"](as_input(part)) for part in images.split(batch)]
+    networks["encoder"].train(mode)
+    return torch.cat([h[0].cpu() for h, _ in parts]), torch.cat([z[0].cpu() for _, z in parts])
+
+
+@torch.no_grad()
+def mixture(networks: dict[str, nn.Module], k: int) -> tuple[Tensor, Tensor]:
+    """Means and log-variances (K, D) of the learned components."""
+    mode = networks["components"].training
+    networks["components"].eval()
+    device = next(networks["components"].parameters()).device
+    found = networks["components"](torch.eye(k, device=device))
+    networks["components"].train(mode)
+    return found
+
+
+def many_to_one_error(table: Tensor) -> float:
+    """Eq. (17) as an error in percent, over all mappings: each cluster counts for its most frequent class. table: (K, N) counts."""
+    return 100 * (1 - (table.amax(1).sum() / table.sum()).item())
+
+
+def train(config: Config, options: run.Options) -> Path:
+    """Train, or resume, one run; returns its folder."""
+    device = run.set_up(options)
+    data = load(config.dataset, options.data, options.unofficial_data)
+    s = split(config, data, options.seed)
+    images, validation_images = s.images.to(device), s.validation_images.to(device)
+    priors, known = s.priors.to(device), s.known.to(device)
+    known_images, known_labels = as_input(images[known]), s.labels.to(device)[known]
+
+    torch.manual_seed(options.seed)
+    networks = {name: network.to(device, memory_format=torch.channels_last) for name, network in build(config).items()}
+    optimizers = {
+        player: torch.optim.Adam(
+            [p for name in names for p in networks[name].parameters()], lr=config.learning_rate, betas=(config.beta1, 0.999), fused=True
+        )
+        for player, names in PLAYERS.items()
+    }
+    rows = torch.arange(config.n_components).repeat_interleave(10)
+
+    steps, m = len(images) // config.batch, config.batch
+    with run.Run("amm", config, options, data.provenance(), device) as r:
+        r.resume(networks, optimizers, steps)
+        while r.epoch < config.epochs:
+            order = torch.randperm(len(images), generator=run.generator(options.seed, "order", r.epoch)).to(device)
+            cycle = torch.randperm(len(known), generator=run.generator(options.seed, "labelled", r.epoch)).to(device)
+            while r.step < steps:
+                drawn = order[r.step * m :][:m]
+                known_drawn = cycle[(r.step * m + torch.arange(m, device=device)) % len(known)] if len(known) else drawn[:0]
+                # Dropout draws from the global generators: a seed for each step, so that nothing has to be saved.
+                torch.manual_seed(run.generator(options.seed, "step", r.epoch, r.step).initial_seed())
+                batch = Batch(as_input(images[drawn]), known_images[known_drawn], known_labels[known_drawn])
+                r.after_step(train_step(networks, optimizers, batch, priors, config, options.precision))
+            more = {}
+            if config.validation:
+                more["validation_error"] = validation_error(networks, validation_images, s.validation_labels, config, data.n_classes)
+            r.after_epoch(**more)
+            if path := r.sample_path():
+                save_grid(draw(networks, config, rows, run.generator(options.seed, "samples")), path, columns=10)
+        r.finish()
+    return r.folder
+
+
+def validation_error(networks: dict[str, nn.Module], images: Tensor, labels: Tensor, config: Config, n_classes: int) -> float:
+    """Of argmax G_y in percent: SAMM's plain error, AMM's by eq. (17)."""
+    found = infer(networks, images)[0].argmax(1)
+    if config.semi_supervised:
+        return error_rate(found, labels)
+    return many_to_one_error(contingency(found, labels, config.n_components, n_classes))
+
+
+@torch.no_grad()
+def draw(networks: dict[str, nn.Module], config: Config, components: Tensor, noise: torch.Generator) -> Tensor:
+    """Images (n, C, H, W) in [0, 1] on the CPU of these components (n,); noise: a generator on the CPU."""
+    means, log_variances = mixture(networks, config.n_components)
+    mode = networks["decoder"].training
+    networks["decoder"].eval()
+    parts = []
+    for k in components.split(500):
+        epsilon = torch.randn(len(k), config.latent_dim, generator=noise).to(means.device)
+        z = means[k] + (log_variances[k] / 2).exp() * epsilon
+        parts.append(networks["decoder"](F.one_hot(k, config.n_components).to(z.dtype).to(z.device), z).cpu())
+    networks["decoder"].train(mode)
+    return torch.cat(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, options = run.parse("amm", argv)
+    if options.describe:
+        print(run.describe(build(config), examples(config), config, options.json))
+    else:
+        train(config, options)
+
+
+if __name__ == "__main__":
+    run.exit_with(main)
