@@ -183,14 +183,15 @@ class Sample:
 def counted(paper: str, entry: Entry, config) -> list[str] | None:
     """Reference, difference and verdict of a number that needs no training, since the networks as built have it; else None.
 
-    Such are the `counts` that the module of a config gives.
+    Such are the `counts` that the module of a config gives: `parameters`, and any other way of counting them.
     """
     module = run.module_of(paper, {"module": getattr(config, "module", "train")})
     found = module.counts(config) if entry.better == "equal" and hasattr(module, "counts") else {}
     if entry.metric not in found:
         return None
-    value = found[entry.metric]
-    return [f"{value:,} (as built)", f"{value - entry.value:+,}", verdict([value], entry)]
+    value, built = found[entry.metric], found["parameters"]
+    how = "as built" if value == built else f"counted as there; {built:,} as built"
+    return [f"{value:,} ({how})", f"{value - entry.value:+,}", verdict([value], entry)]
 
 
 def sample(records: Iterable[dict], config, metric: str) -> Sample:
