@@ -5,7 +5,6 @@
 Writes eval.json and figures/ into the run's folder.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,21 +72,13 @@ def evaluate(options: run.Options) -> dict:
     device, folder = run.set_up(options), options.folder("amm")
     trained = load_run(folder, device)
     data = load(trained.config.dataset, options.data, options.unofficial_data)
-    if data.digest != trained.state["identity"]["data_digest"]:
-        raise run.UserError(f"{folder}: trained on {data.name} with digest {trained.state['identity']['data_digest']}, found {data.digest}")
+    run.check_data(folder, trained.state, data)
     s = split(trained.config, data, options.seed)
     metrics = predictions(trained, data.test_images, data.test_labels, s.priors, data.n_classes)
     if trained.config.validation:
         on_validation = predictions(trained, s.validation_images, s.validation_labels, s.priors, data.n_classes)
         metrics |= {f"{name}_validation": value for name, value in on_validation.items()}
-    result = {
-        "experiment": options.experiment,
-        "seed": options.seed,
-        "metrics": metrics,
-        "config": dataclasses.asdict(trained.config),
-        "config_hash": run.config_hash(trained.config),
-        "provenance": run.provenance(trained.state) | {"evaluation": run.session(device)},
-    }
+    result = run.record(options, trained.config, trained.state, metrics, device)
     run.write_json(folder / "eval.json", result)
     figures(trained, data, s, folder / "figures", options.seed)
     return result

@@ -459,6 +459,7 @@ def collect(runs: Path) -> None:
                     target.parent.mkdir(exist_ok=True)
                     shutil.copyfile(picture, target)
         for picture in sorted((runs / paper / "figures").glob("*.png")):  # those that compare runs
+            (ROOT / paper / "figures").mkdir(exist_ok=True)
             shutil.copyfile(picture, ROOT / paper / "figures" / picture.name)
     for path, text in blocks().items():
         with run.atomic(path) as file:

@@ -717,6 +717,25 @@ def provenance(state: dict) -> dict:
     }
 
 
+def check_data(folder: Path, state: dict, data: typing.Any) -> None:
+    """Raise UserError where `data` (a Dataset) is not what the run whose checkpoint is `state` was trained on."""
+    trained_on = state["identity"]["data_digest"]
+    if data.digest != trained_on:
+        raise UserError(f"{folder}: trained on {data.name} with digest {trained_on}, found {data.digest}")
+
+
+def record(options: Options, config: typing.Any, state: dict, metrics: dict, device: torch.device, **judges: str | None) -> dict:
+    """What eval.json holds of a run, whose checkpoint is `state`. judges: which networks scored it, for the provenance."""
+    return {
+        "experiment": options.experiment,
+        "seed": options.seed,
+        "metrics": metrics,
+        "config": dataclasses.asdict(config),
+        "config_hash": config_hash(config),
+        "provenance": provenance(state) | judges | {"evaluation": session(device)},
+    }
+
+
 # ------------------------------------------------------------------------------------------------------------ describe
 
 

@@ -5,7 +5,6 @@
 Writes eval.json and figures/ into the run's folder. Table 6's scores need the Inception weights; without them they are left out.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -71,22 +70,14 @@ def evaluate(options: run.Options, weights: Path | None = None) -> dict:
     device, folder = run.set_up(options), options.folder("gan_responsibility")
     trained = load_run(folder, device)
     data = load(trained.config.dataset, options.data, options.unofficial_data)
-    if data.digest != trained.state["identity"]["data_digest"]:
-        raise run.UserError(f"{folder}: trained on {data.name} with digest {trained.state['identity']['data_digest']}, found {data.digest}")
+    run.check_data(folder, trained.state, data)
     metrics = dict(trained.system.counts(trained.config))
     if hasattr(trained.system, "responsibilities"):
         metrics |= what_c_learned(trained, data)
     scorer = Scorer.find(data, options.runs / "cache", device, weights)
     if scorer:
         metrics |= table_6(trained, data, scorer, options.seed)
-    result = {
-        "experiment": options.experiment,
-        "seed": options.seed,
-        "metrics": metrics,
-        "config": dataclasses.asdict(trained.config),
-        "config_hash": run.config_hash(trained.config),
-        "provenance": run.provenance(trained.state) | {"evaluation": run.session(device)},
-    }
+    result = run.record(options, trained.config, trained.state, metrics, device)
     run.write_json(folder / "eval.json", result)
     figures(trained, folder / "figures", options.seed)
     return result

@@ -6,7 +6,6 @@ Writes eval.json and figures/ into the run's folder. The Inception Score needs t
 Figures that compare runs are figures.py's.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -80,8 +79,7 @@ def evaluate(options: run.Options, weights: Path | None = None) -> dict:
     device, folder = run.set_up(options), options.folder("gmgan")
     trained = load_run(folder, device)
     config, data = load_data(trained.config, options)
-    if data.digest != trained.state["identity"]["data_digest"]:
-        raise run.UserError(f"{folder}: trained on {data.name} with digest {trained.state['identity']['data_digest']}, found {data.digest}")
+    run.check_data(folder, trained.state, data)
     judges: dict[str, str | None] = {}
     if data.name in toy.VARIANCE:
         metrics = toy.scores(trained.networks, trained.system, config, trained.state["rows"])
@@ -89,14 +87,7 @@ def evaluate(options: run.Options, weights: Path | None = None) -> dict:
         metrics, judges = on_images(trained, data, options, weights)
     else:
         metrics = trained.system.scores(trained.networks, data, options.seed)
-    result = {
-        "experiment": options.experiment,
-        "seed": options.seed,
-        "metrics": metrics,
-        "config": dataclasses.asdict(trained.config),
-        "config_hash": run.config_hash(trained.config),
-        "provenance": run.provenance(trained.state) | judges | {"evaluation": run.session(device)},
-    }
+    result = run.record(options, trained.config, trained.state, metrics, device, **judges)
     run.write_json(folder / "eval.json", result)
     if data.name in toy.VARIANCE:
         toy.figures(trained.networks, trained.system, config, trained.state["rows"], folder / "figures")

@@ -5,7 +5,6 @@
 Writes eval.json and figures/ into the run's folder. Tables I and III need the Inception weights; without them FID is left out.
 """
 
-import dataclasses
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -95,8 +94,7 @@ def evaluate(options: run.Options, weights: Path | None = None) -> dict:
     device, folder = run.set_up(options), options.folder("segma")
     trained = load_run(folder, device)
     data = load(trained.config.dataset, options.data, options.unofficial_data)
-    if data.digest != trained.state["identity"]["data_digest"]:
-        raise run.UserError(f"{folder}: trained on {data.name} with digest {trained.state['identity']['data_digest']}, found {data.digest}")
+    run.check_data(folder, trained.state, data)
     z = trained.encode(data.test_images)
     metrics, details, timing = quality(trained, data, z), {}, {}
     if trained.config.labelled_per_batch:
@@ -113,16 +111,7 @@ def evaluate(options: run.Options, weights: Path | None = None) -> dict:
                 lines = details["between"]["6-9"]
                 if lines is not None:
                     metrics["lines_6_to_9_through_4"] = 100 * lines.get("4", 0.0)
-    result = {
-        "experiment": options.experiment,
-        "seed": options.seed,
-        "metrics": metrics | scores,
-        "config": dataclasses.asdict(trained.config),
-        "config_hash": run.config_hash(trained.config),
-        "provenance": run.provenance(trained.state) | judges | {"evaluation": run.session(device)},
-        "details": details,
-        "timing": timing,
-    }
+    result = run.record(options, trained.config, trained.state, metrics | scores, device, **judges) | {"details": details, "timing": timing}
     run.write_json(folder / "eval.json", result)
     figures(trained, data, z, details | {"timing": timing}, folder / "figures", options.seed)
     return result
