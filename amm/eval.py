@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from amm.model import bayes_classes
-from amm.train import Config, Split, as_input, build, draw, infer, many_to_one_error, mixture, split
+from amm.train import Config, Split, as_input, draw, infer, many_to_one_error, mixture, split
 from common import plots, run
 from common.data import Dataset, load
 from common.metrics import contingency, error_rate
@@ -56,14 +56,7 @@ class Trained:
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Trained:
     """The run in `folder`, as far as its last checkpoint. Raises UserError where there is none, or it is damaged."""
-    state = run.load_checkpoint(Path(folder) / "checkpoint.pt")
-    if state is None:
-        raise run.UserError(f"{folder}: no trained run here (no checkpoint.pt)")
-    config = run.make_config(Config, state["config"], str(folder))
-    networks = build(config)
-    for name, network in networks.items():
-        network.load_state_dict(state["networks"][name])
-        network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    config, _, networks, state = run.trained("amm", Path(folder), torch.device(device))
     return Trained(config, networks, state)
 
 
@@ -178,17 +171,7 @@ def embedded(z: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = run.Parser(prog="python -m amm.eval")
-    run.add_options(parser, "amm")
-    options = run.Options(**vars(parser.parse_all(argv)))
-    run.check_experiment("amm", options.experiment)
-    result = evaluate(options)
-    folder = options.folder("amm")
-    done, asked = result["provenance"]["epochs"], result["config"]["epochs"]
-    print(f"amm {options.experiment}, seed {options.seed}, {done} of {asked} epochs on {result['provenance']['data']}:")
-    for name, value in result["metrics"].items():
-        print(f"  {name:<34}{value:.4g}")
-    print(f"numbers in {folder / 'eval.json'}, pictures in {folder / 'figures'}; next: make diff")
+    run.evaluate_from("amm", evaluate, argv, weights=False)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from amm.model import (
     sampled,
 )
 from common import run
-from common.data import Dataset, choose_labels, load
+from common.data import Dataset, choose_labels, described, load
 from common.metrics import contingency, error_rate
 from common.plots import save_grid
-from common.run import Count, NonNegative, Positive, Range
+from common.run import Count, Decay, NonNegative, Positive, Range
 
 SETS = {  # data set: image shape, classes; None: the number is found in the folder
     "digits": ((1, 28, 28), 10),
@@ -57,24 +57,19 @@ class Config:
     penalty: NonNegative = 10.0  # λ of eq. (18)
     batch: Annotated[int, Range(2)] = 100  # M, images a step of each kind
     learning_rate: Positive = 2.0e-4  # α, Adam's, constant
-    beta1: NonNegative = 0.5  # Adam's; its second one is 0.999
+    beta1: Decay = 0.5  # Adam's; its second one is 0.999
     validation: Annotated[int, Range(0)] = 5000  # training images held out
     held_out: Literal["random", "last"] = "random"  # which ones
     epochs: Count = 200  # passes over the training images
 
     def __post_init__(self):
-        kind, _, path = self.dataset.partition(":")
-        if kind not in SETS or (path != "") != (SETS[kind][1] is None):
-            names = ", ".join(f"{name}:<path>" if n is None else name for name, (_, n) in SETS.items())
-            raise ValueError(f"dataset: {self.dataset!r} is not one of {names}")
-        if self.beta1 >= 1:
-            raise ValueError(f"beta1: {self.beta1} is out of range; allowed: below 1")
+        described(self.dataset, SETS)
         if self.n_components < 2:
             raise ValueError(f"n_components: a mixture has at least 2, found {self.n_components}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return SETS[self.dataset.partition(":")[0]][0]
+        return described(self.dataset, SETS)[0]
 
 
 def build(config: Config) -> dict[str, nn.Module]:

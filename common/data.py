@@ -144,6 +144,18 @@ def load(name: str, root: str | Path, unofficial: bool = False) -> Dataset:
     raise UserError(f"unknown data set {name!r}; known: {', '.join([*OFFICIAL_COUNTS, *(f'{kind}:<path>' for kind in FOLDER_SHAPES)])}")
 
 
+def described(name: str, sets: dict[str, tuple[tuple[int, ...], int | None]]) -> tuple[tuple[int, ...], int | None]:
+    """What `sets` says of a data set: the shape of an image and the number of classes, None where a folder has to tell.
+
+    Raises ValueError for a name that is not in `sets`, or one with a path where none belongs, or the other way round.
+    """
+    kind, _, path = name.partition(":")
+    if kind not in sets or (path != "") != (sets[kind][1] is None):
+        names = ", ".join(f"{known}:<path>" if n is None else known for known, (_, n) in sets.items())
+        raise ValueError(f"dataset: {name!r} is not one of {names}")
+    return sets[kind]
+
+
 def official_digest(name: str) -> str | None:
     """The digest that `load` finds on the official data, or None where it cannot be known beforehand.
 

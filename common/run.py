@@ -102,17 +102,19 @@ class Range:
 
     low: float
     open_low: bool = False
+    below: float = float("inf")
 
     def __contains__(self, value: float) -> bool:
-        return value > self.low if self.open_low else value >= self.low
+        return (value > self.low if self.open_low else value >= self.low) and value < self.below
 
     def __str__(self) -> str:
-        return f"{'>' if self.open_low else '>='} {self.low:g}"
+        return f"{'>' if self.open_low else '>='} {self.low:g}" + (f" and below {self.below:g}" if self.below < float("inf") else "")
 
 
 Count = typing.Annotated[int, Range(1)]
 Positive = typing.Annotated[float, Range(0, open_low=True)]
 NonNegative = typing.Annotated[float, Range(0)]
+Decay = typing.Annotated[float, Range(0, below=1)]
 
 
 def plain_type(annotation: object) -> tuple[object, Range | None, bool]:
@@ -717,6 +719,25 @@ def provenance(state: dict) -> dict:
     }
 
 
+def trained(
+    paper: str, folder: Path, device: torch.device
+) -> tuple[typing.Any, types.ModuleType, dict[str, torch.nn.Module], dict]:
+    """The run in `folder` as far as its last checkpoint: its config, the module that trained it, its networks, and the checkpoint.
+
+    Raises UserError where there is none, or it is damaged.
+    """
+    state = load_checkpoint(folder / "checkpoint.pt")
+    if state is None:
+        raise UserError(f"{folder}: no trained run here (no checkpoint.pt)")
+    system = module_of(paper, state["config"])
+    config = make_config(system.Config, state["config"], str(folder))
+    networks = system.build(config)
+    for name, network in networks.items():
+        network.load_state_dict(state["networks"][name])
+        network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return config, system, networks, state
+
+
 def check_data(folder: Path, state: dict, data: typing.Any) -> None:
     """Raise UserError where `data` (a Dataset) is not what the run whose checkpoint is `state` was trained on."""
     trained_on = state["identity"]["data_digest"]
@@ -734,6 +755,32 @@ def record(options: Options, config: typing.Any, state: dict, metrics: dict, dev
         "config_hash": config_hash(config),
         "provenance": provenance(state) | judges | {"evaluation": session(device)},
     }
+
+
+def evaluate_from(
+    paper: str, evaluate: Callable[..., dict], argv: list[str] | None, weights: bool = True, shown: Callable[[str], bool] = bool
+) -> None:
+    """The command line of `python -m <paper>.eval`: evaluate one run and print its metrics.
+
+    evaluate: Options and, with `weights`, the Inception file or None -> what `record` made.
+    shown: which metrics to print, by name; eval.json has them all.
+    """
+    parser = Parser(prog=f"python -m {paper}.eval")
+    add_options(parser, paper)
+    if weights:
+        parser.add_argument("--inception", type=as_path, help="the Inception weights; default: torch's hub folder, downloaded once")
+    namespace = vars(parser.parse_all(argv))
+    more = [namespace.pop("inception")] if weights else []
+    options = Options(**namespace)
+    check_experiment(paper, options.experiment)
+    result = evaluate(options, *more)
+    folder = options.folder(paper)
+    done, asked = result["provenance"]["epochs"], result["config"]["epochs"]
+    print(f"{paper} {options.experiment}, seed {options.seed}, {done} of {asked} epochs on {result['provenance']['data']}:")
+    for name in filter(shown, result["metrics"]):
+        value = result["metrics"][name]
+        print(f"  {name:<34}{value:{'.10g' if float(value).is_integer() else '.4g'}}")
+    print(f"numbers in {folder / 'eval.json'}, pictures in {folder / 'figures'}; next: make diff")
 
 
 # ------------------------------------------------------------------------------------------------------------ describe

@@ -17,7 +17,7 @@ from common.data import Dataset, load
 from common.metrics import contingency, frechet_distance, moments
 from gan_responsibility.model import entropy_share
 from gan_responsibility.scores import Scorer
-from gan_responsibility.train import Task, all_responsibilities, clustering, drawn_from, mode_weights, sampled, system_of
+from gan_responsibility.train import Task, all_responsibilities, clustering, drawn_from, mode_weights, sampled
 
 STEPS = 9  # images from one Gaussian to another, Fig. 2; along a side of the triangle, Fig. 3
 CURVES = ("d_loss", "g_loss", "information", "alpha_entropy", "largest_weight", "accuracy", "nmi", "inception_score", "fid")
@@ -53,16 +53,7 @@ class Trained:
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Trained:
     """The run in `folder`, as far as its last checkpoint. Raises UserError where there is none, or it is damaged."""
-    state = run.load_checkpoint(Path(folder) / "checkpoint.pt")
-    if state is None:
-        raise run.UserError(f"{folder}: no trained run here (no checkpoint.pt)")
-    system = system_of(state["config"])
-    config = run.make_config(system.Config, state["config"], str(folder))
-    networks = system.build(config)
-    for name, network in networks.items():
-        network.load_state_dict(state["networks"][name])
-        network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return Trained(config, system, networks, state)
+    return Trained(*run.trained("gan_responsibility", Path(folder), torch.device(device)))
 
 
 def evaluate(options: run.Options, weights: Path | None = None) -> dict:
@@ -163,20 +154,7 @@ def triangle(k: int) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = run.Parser(prog="python -m gan_responsibility.eval")
-    run.add_options(parser, "gan_responsibility")
-    parser.add_argument("--inception", type=run.as_path, help="the Inception weights; default: torch's hub folder, downloaded once")
-    namespace = vars(parser.parse_all(argv))
-    weights = namespace.pop("inception")
-    options = run.Options(**namespace)
-    run.check_experiment("gan_responsibility", options.experiment)
-    result = evaluate(options, weights)
-    folder = options.folder("gan_responsibility")
-    done, asked = result["provenance"]["epochs"], result["config"]["epochs"]
-    print(f"gan_responsibility {options.experiment}, seed {options.seed}, {done} of {asked} epochs on {result['provenance']['data']}:")
-    for name, value in result["metrics"].items():
-        print(f"  {name:<34}{value:.7g}")
-    print(f"numbers in {folder / 'eval.json'}, pictures in {folder / 'figures'}; next: make diff")
+    run.evaluate_from("gan_responsibility", evaluate, argv)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import run
-from common.data import load
+from common.data import described, load
 from common.metrics import clustering_accuracy, contingency, normalised_mutual_information
 from common.plots import save_grid
-from common.run import Count, NonNegative, Positive, Range
+from common.run import Count, Decay, NonNegative, Positive, Range
 from gan_responsibility import model
 from gan_responsibility.model import Mixture, discriminator_loss, entropy_share, generator_loss, information_loss
 from gan_responsibility.scores import Scorer
@@ -50,28 +50,23 @@ class Task:
     deviation: Positive = 0.15  # A_k = this · I at first
     batch: Annotated[int, Range(2)] = 64  # M, real images a step; an epoch's last batch may be smaller
     learning_rate: Positive = 2.0e-4  # γ, Adam's, constant
-    beta1: NonNegative = 0.5  # Adam's; its second one is 0.999
+    beta1: Decay = 0.5  # Adam's; its second one is 0.999
     epochs: Count = 200  # passes over the training set
     score_every: Count = 10  # epochs between Inception Scores and FIDs, where the Inception weights are at hand
 
     LEFT_TO_DATA = ("n_components",)  # what a run fills in where the config has null
 
     def __post_init__(self):
-        kind, _, path = self.dataset.partition(":")
-        if kind not in SETS or (path != "") != (SETS[kind][1] is None):
-            names = ", ".join(f"{name}:<path>" if n is None else name for name, (_, n) in SETS.items())
-            raise ValueError(f"dataset: {self.dataset!r} is not one of {names}")
-        if self.beta1 >= 1:
-            raise ValueError(f"beta1: {self.beta1} is out of range; allowed: below 1")
+        described(self.dataset, SETS)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return SETS[self.dataset.partition(":")[0]][0]
+        return described(self.dataset, SETS)[0]
 
     @property
     def components(self) -> int:
         """K; 2 where it stands in a folder that was not read yet."""
-        return self.n_components or SETS[self.dataset.partition(":")[0]][1] or 2
+        return self.n_components or described(self.dataset, SETS)[1] or 2
 
 
 @dataclass(frozen=True)

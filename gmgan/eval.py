@@ -18,7 +18,7 @@ from common.data import Dataset
 from common.metrics import contingency, error_rate
 from gmgan import cluster, scores, toy
 from gmgan.model import correspondence
-from gmgan.train import Task, generate_many, load_data, system_of
+from gmgan.train import Task, generate_many, load_data
 
 SAMPLES = 10_000  # scored
 CURVE_SAMPLES = 5_000  # at each σ of Fig. 7
@@ -62,16 +62,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Trained:
     """The run in `folder`, as far as its last checkpoint. Raises UserError where there is none, or it is damaged."""
-    state = run.load_checkpoint(Path(folder) / "checkpoint.pt")
-    if state is None:
-        raise run.UserError(f"{folder}: no trained run here (no checkpoint.pt)")
-    system = system_of(state["config"])
-    config = run.make_config(system.Config, state["config"], str(folder))
-    networks = system.build(config)
-    for name, network in networks.items():
-        network.load_state_dict(state["networks"][name])
-        network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return Trained(config, system, networks, state)
+    return Trained(*run.trained("gmgan", Path(folder), torch.device(device)))
 
 
 def evaluate(options: run.Options, weights: Path | None = None) -> dict:
@@ -227,21 +218,7 @@ def label_groups(trained: Trained, data: Dataset) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = run.Parser(prog="python -m gmgan.eval")
-    run.add_options(parser, "gmgan")
-    parser.add_argument("--inception", type=run.as_path, help="the Inception weights; default: torch's hub folder, downloaded once")
-    namespace = vars(parser.parse_all(argv))
-    weights = namespace.pop("inception")
-    options = run.Options(**namespace)
-    run.check_experiment("gmgan", options.experiment)
-    result = evaluate(options, weights)
-    folder = options.folder("gmgan")
-    done, asked = result["provenance"]["epochs"], result["config"]["epochs"]
-    print(f"gmgan {options.experiment}, seed {options.seed}, {done} of {asked} epochs on {result['provenance']['data']}:")
-    for name, value in result["metrics"].items():
-        if "_at_" not in name and "_after_" not in name:  # the points of the curves
-            print(f"  {name:<34}{value:.4g}")
-    print(f"numbers in {folder / 'eval.json'}, pictures in {folder / 'figures'}; next: make diff")
+    run.evaluate_from("gmgan", evaluate, argv, shown=lambda name: "_at_" not in name and "_after_" not in name)  # not the points of curves
 
 
 if __name__ == "__main__":

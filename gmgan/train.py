@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from common import run
-from common.data import Dataset, load
+from common.data import Dataset, described, load
 from common.plots import save_grid, save_scatters
-from common.run import Count, NonNegative, Positive
+from common.run import Count, Decay, NonNegative, Positive
 from gmgan import toy
 from gmgan.model import Discriminator, Mixture, correspondence, discriminator_loss, generator, generator_loss, initialise
 
@@ -53,36 +53,31 @@ class Task:
     latent_dim: Count = 100  # d
     batch_real: Count = 64  # b_D, real points or images a step
     learning_rate: Positive = 2.0e-4  # γ, Adam's, constant
-    beta1: NonNegative = 0.5  # Adam's; its second one is 0.999
+    beta1: Decay = 0.5  # Adam's; its second one is 0.999
     epochs: Count = 53  # passes over the training set; an epoch has its size / b_D iterations
 
     LEFT_TO_DATA = ("n_classes",)  # what a run fills in where the config has null
 
     def __post_init__(self):
-        kind, _, path = self.dataset.partition(":")
-        if kind not in SETS or (path != "") != (SETS[kind][1] is None):
-            names = ", ".join(f"{name}:<path>" if n is None else name for name, (_, n) in SETS.items())
-            raise ValueError(f"dataset: {self.dataset!r} is not one of {names}")
-        if self.beta1 >= 1:
-            raise ValueError(f"beta1: {self.beta1} is out of range; allowed: below 1")
+        described(self.dataset, SETS)
         named = self.classes.split(",") if self.classes is not None else []
         if self.classes is not None and self.n_classes not in (None, len(named)):
             raise ValueError(f"n_classes: {self.n_classes}, but classes names {len(named)}; give one of them")
         if "" in named or len(set(named)) < len(named):
             raise ValueError(f"classes: expected different names with commas, found {self.classes!r}")
-        if kind in toy.VARIANCE and (self.classes or self.n_classes):
+        if self.dataset in toy.VARIANCE and (self.classes or self.n_classes):
             raise ValueError("classes, n_classes: the toy is judged against its nine Gaussians; it cannot be narrowed")
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of a point or an image."""
-        return SETS[self.dataset.partition(":")[0]][0]
+        return described(self.dataset, SETS)[0]
 
     @property
     def class_count(self) -> int:
         """N; 1 where it stands in a folder that was not read yet."""
         named = len(self.classes.split(",")) if self.classes else None
-        return self.n_classes or named or SETS[self.dataset.partition(":")[0]][1] or 1
+        return self.n_classes or named or described(self.dataset, SETS)[1] or 1
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from common import classifier, inception, plots, run
 from common.data import Dataset, choose_labels, load
 from common.metrics import error_rate, frechet_distance, moments, nearest_neighbour
 from segma import model
-from segma.train import Task, as_input, encode_all, system_of
+from segma.train import Task, as_input, encode_all
 
 FID_SAMPLES = 10_000  # Sec. VI-B and VI-C
 LINES = 200  # interpolation lines between each two classes
@@ -77,16 +77,7 @@ class Trained:
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Trained:
     """The run in `folder`, as far as its last checkpoint. Raises UserError where there is none, or it is damaged."""
-    state = run.load_checkpoint(Path(folder) / "checkpoint.pt")
-    if state is None:
-        raise run.UserError(f"{folder}: no trained run here (no checkpoint.pt)")
-    system = system_of(state["config"])
-    config = run.make_config(system.Config, state["config"], str(folder))
-    networks = system.build(config)
-    for name, network in networks.items():
-        network.load_state_dict(state["networks"][name])
-        network.to(device).eval().requires_grad_(False)
-    return Trained(config, system, networks, state)
+    return Trained(*run.trained("segma", Path(folder), torch.device(device)))
 
 
 def evaluate(options: run.Options, weights: Path | None = None) -> dict:
@@ -430,20 +421,7 @@ def geometry_figures(details: dict, names: tuple[str, ...], folder: Path) -> Non
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = run.Parser(prog="python -m segma.eval")
-    run.add_options(parser, "segma")
-    parser.add_argument("--inception", type=run.as_path, help="the Inception weights; default: torch's hub folder, downloaded once")
-    namespace = vars(parser.parse_all(argv))
-    weights = namespace.pop("inception")
-    options = run.Options(**namespace)
-    run.check_experiment("segma", options.experiment)
-    result = evaluate(options, weights)
-    folder = options.folder("segma")
-    done, asked = result["provenance"]["epochs"], result["config"]["epochs"]
-    print(f"segma {options.experiment}, seed {options.seed}, {done} of {asked} epochs on {result['provenance']['data']}:")
-    for name, value in result["metrics"].items():
-        print(f"  {name:<34}{value:.4g}")
-    print(f"numbers in {folder / 'eval.json'}, pictures in {folder / 'figures'}; next: make diff")
+    run.evaluate_from("segma", evaluate, argv)
 
 
 if __name__ == "__main__":

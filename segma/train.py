@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common import run
-from common.data import Dataset, choose_labels, load
+from common.data import Dataset, choose_labels, described, load
 from common.metrics import error_rate
 from common.plots import save_grid
 from common.run import Count, NonNegative, Positive
@@ -64,14 +64,11 @@ class Task:
     LEFT_TO_DATA = ("n_components",)  # what a run fills in where the config has null
 
     def __post_init__(self):
-        kind, _, path = self.dataset.partition(":")
-        if kind not in SETS or (path != "") != (SETS[kind][1] is None):
-            names = ", ".join(f"{name}:<path>" if n is None else name for name, (_, n) in SETS.items())
-            raise ValueError(f"dataset: {self.dataset!r} is not one of {names}")
+        described(self.dataset, SETS)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return SETS[self.dataset.partition(":")[0]][0]
+        return described(self.dataset, SETS)[0]
 
     @property
     def labelled_per_batch(self) -> int:

@@ -749,7 +749,7 @@ MISTAKES = [
     (["digits-kmeans", "--dataset", "toy"], "has no images"),
     (["digits", "--batch-real", "5000"], "is more than the 1437 training images"),
     (["digits", "--dataset", "signs"], "signs:<path>"),
-    (["digits", "--beta1", "1.0"], "allowed: below 1"),
+    (["digits", "--beta1", "1.0"], "allowed: >= 0 and below 1"),
     (["digits", "--sigma", "0"], "out of range"),
     (["signs", "--dataset", "signs:/nonexistent"], "/nonexistent"),
     (["mnist-acgan", "--sigma", "1"], "mnist-acgan has no such value"),
