@@ -68,6 +68,7 @@ def evaluate(options: run.Options) -> dict:
     run.check_data(folder, trained.state, data)
     s = split(trained.config, data, options.seed)
     metrics = predictions(trained, data.test_images, data.test_labels, s.priors, data.n_classes)
+    metrics |= purities(trained, data)
     if trained.config.validation:
         on_validation = predictions(trained, s.validation_images, s.validation_labels, s.priors, data.n_classes)
         metrics |= {f"{name}_validation": value for name, value in on_validation.items()}
@@ -109,6 +110,12 @@ def predictions(trained: Trained, images: Tensor, labels: Tensor, priors: Tensor
     }
 
 
+def purities(trained: Trained, data: Dataset) -> dict[str, float]:
+    """Of each cluster by G_y that has test images: the share of its largest class, in percent. It tells which one is the noise cluster."""
+    table = contingency(trained.infer(data.test_images)[0].argmax(1), data.test_labels, trained.config.n_components, data.n_classes)
+    return {f"purity_of_{i}": 100 * (row.max() / row.sum()).item() for i, row in enumerate(table) if row.sum()}
+
+
 def one_to_one_error(table: Tensor) -> float:
     """In percent: each class is given to one cluster at most, in the best way. table: (K, N) counts."""
     from scipy.optimize import linear_sum_assignment
@@ -142,17 +149,19 @@ def figures(trained: Trained, data: Dataset, s: Split, folder: Path, seed: int) 
         table = contingency(predicted, data.test_labels, k, data.n_classes)
         plots.save_counts(table, folder / f"matrix_{name}.png", f"Test images by {title}", "component", "class")
 
-    lines = min(5, len(data.test_images) // 10)
-    chosen = torch.randperm(len(data.test_images), generator=generator)[: 10 * lines]
+    columns = min(10, len(data.test_images))
+    lines = min(5, len(data.test_images) // columns)
+    chosen = torch.randperm(len(data.test_images), generator=generator)[: columns * lines]
     originals, decoded = as_input(data.test_images[chosen]), trained.decode(y[chosen], z[chosen])
-    pairs = torch.stack([images.view(lines, 10, *images.shape[1:]) for images in (originals, decoded)], 1)
+    pairs = torch.stack([images.view(lines, columns, *images.shape[1:]) for images in (originals, decoded)], 1)
     title = "Test images and, below each row, their reconstructions"
-    plots.save_labelled_grid(pairs.flatten(0, 2), folder / "reconstructions.png", 10, title)
+    plots.save_labelled_grid(pairs.flatten(0, 2), folder / "reconstructions.png", columns, title)
 
-    ends = torch.randperm(len(data.test_images), generator=generator)[:20].view(10, 2)
+    n = min(10, len(data.test_images) // 2)  # a data set has two classes, each with a test image
+    ends = torch.randperm(len(data.test_images), generator=generator)[: 2 * n].view(n, 2)
     t = torch.linspace(0, 1, STEPS)[None, :, None]
-    between = [code[ends[:, :1]] + t * (code[ends[:, 1:]] - code[ends[:, :1]]) for code in (y, z)]  # (10, STEPS, …)
-    made = trained.decode(*(code.flatten(0, 1) for code in between)).view(10, STEPS, *data.test_images.shape[1:])
+    between = [code[ends[:, :1]] + t * (code[ends[:, 1:]] - code[ends[:, :1]]) for code in (y, z)]  # (n, STEPS, …)
+    made = trained.decode(*(code.flatten(0, 1) for code in between)).view(n, STEPS, *data.test_images.shape[1:])
     first, last = (as_input(data.test_images[ends[:, i]])[:, None] for i in (0, 1))
     title = "Between test images: first and last are real"
     plots.save_labelled_grid(torch.cat([first, made, last], 1).flatten(0, 1), folder / "interpolations.png", STEPS + 2, title)
@@ -171,7 +180,7 @@ def embedded(z: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run.evaluate_from("amm", evaluate, argv, weights=False)
+    run.evaluate_from("amm", evaluate, argv, weights=False, shown=lambda name: "purity_of" not in name)
 
 
 if __name__ == "__main__":

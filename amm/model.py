@@ -12,12 +12,16 @@ from torch.nn import functional as F
 LEAK = 0.2
 Layer = tuple[int, int, int, float]  # channels out, width, stride, dropout on the input: the columns of the tables
 
-# Tables 3, 5 and 6; 9. Both streams of a row have the same numbers.
-MNIST_ENCODER: list[Layer] = [(32, 2, 1, 0.2), (32, 3, 2, 0.2), (64, 3, 2, 0.2), (64, 3, 1, 0.2), (128, 4, 1, 0.2)]
-MNIST_DECODER: list[Layer] = [(128, 1, 1, 0.0), (64, 4, 1, 0.2), (64, 3, 1, 0.2), (32, 3, 2, 0.2), (32, 3, 2, 0.2), (1, 2, 1, 0.2)]
-MNIST_IMAGES: list[Layer] = [(32, 2, 1, 0.0), (32, 3, 2, 0.2), (64, 3, 2, 0.2), (64, 3, 1, 0.2), (128, 4, 1, 0.2)]
+# Tables 3, 5 and 6; 9. Both streams of a row have the same numbers. Beside them the sides of the maps, from the input on.
+MNIST_ENCODER: list[Layer] = [(32, 2, 1, 0.2), (32, 3, 2, 0.2), (64, 3, 2, 0.2), (64, 3, 1, 0.2), (128, 4, 1, 0.2)]  # 28: 27 13 6 4 1
+MNIST_DECODER: list[Layer] = [  # 1: 1 4 6 13 27 28
+    (128, 1, 1, 0.0), (64, 4, 1, 0.2), (64, 3, 1, 0.2), (32, 3, 2, 0.2), (32, 3, 2, 0.2), (1, 2, 1, 0.2),
+]  # fmt: skip
+MNIST_IMAGES: list[Layer] = [(32, 2, 1, 0.0), (32, 3, 2, 0.2), (64, 3, 2, 0.2), (64, 3, 1, 0.2), (128, 4, 1, 0.2)]  # 28: 27 13 6 4 1
 # The last row of Table 9 is printed as 4 channels, width 2, stride 1, which ends at 16×16: its columns have slipped by one.
-SVHN_DECODER: list[Layer] = [(512, 1, 1, 0.0), (256, 4, 1, 0.0), (256, 3, 1, 0.0), (128, 3, 2, 0.0), (128, 3, 1, 0.0), (3, 4, 2, 0.0)]
+SVHN_DECODER: list[Layer] = [  # 1: 1 4 6 13 15 32
+    (512, 1, 1, 0.0), (256, 4, 1, 0.0), (256, 3, 1, 0.0), (128, 3, 2, 0.0), (128, 3, 1, 0.0), (3, 4, 2, 0.0),
+]  # fmt: skip
 # Tables 7 and 10, the image layers: channels, width, padding, pooling, dropout (in D alone).
 SVHN_IMAGES = [
     (96, 3, 1, 1, 0.0), (96, 3, 1, 1, 0.0), (96, 3, 1, 2, 0.0),
@@ -26,9 +30,10 @@ SVHN_IMAGES = [
 
 
 class InputDropout(nn.Module):
-    """Dropout whose masks cost a quarter of PyTorch's on a CPU: 16 random bits an entry, from whole 64-bit draws.
+    """Dropout whose masks cost half of PyTorch's on a CPU: 16 random bits an entry, from whole 64-bit draws.
 
-    The probability is met to 2⁻¹⁶. Nothing is dropped in evaluation mode.
+    The probability is met to 2⁻¹⁶; in bf16 what is kept is scaled by the bf16 next to 1 / (1 - p): 1.25 exactly, or 1.109 for 1.111.
+    Nothing is dropped in evaluation mode.
     """
 
     def __init__(self, p: float):
@@ -69,7 +74,7 @@ class Coupled(nn.Module):
     The tables have y receive z, which is the factorisation q(z|x) q(y|x, z), eq. (7); the roles change places for eq. (6).
     """
 
-    def __init__(self, inputs: int, layer: Layer, n_components: int, receiver: str, pool: int = 1):
+    def __init__(self, inputs: int, layer: Layer, n_components: int, receiver: str, labelled: bool, pool: int = 1):
         super().__init__()
         channels, width, stride, p = layer
         self.dropout = InputDropout(p)
@@ -77,21 +82,25 @@ class Coupled(nn.Module):
         self.y_norm, self.z_norm = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
         self.receiver, self.pool = receiver, nn.AvgPool2d(pool) if pool > 1 else nn.Identity()
         # Of SAMM under eq. (6): a known label in place of what the y stream would say.
-        self.label = nn.Linear(n_components, channels) if receiver == "z" else None
+        self.label = nn.Linear(n_components, channels) if labelled and receiver == "z" else None
 
-    def forward(self, y: Tensor, z: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, y: Tensor | None, z: Tensor, label: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+        """Maps (B, C, H, W) of both streams. Where y is known there is no G_y: its stream is not run, its batch norms see nothing."""
+        if label is not None:
+            z = self.z(self.dropout(z))
+            return None, self._activated(self.z_norm(z if self.label is None else z + pixel(self.label(label))))
         y, z = self.y(self.dropout(y)), self.z(self.dropout(z))
-        if self.receiver == "y":
-            joined_y, joined_z = y + z, z
-        else:
-            joined_y, joined_z = y, z + (y if label is None else pixel(self.label(label)))
-        return self.pool(F.leaky_relu(self.y_norm(joined_y), LEAK)), self.pool(F.leaky_relu(self.z_norm(joined_z), LEAK))
+        y, z = (y + z, z) if self.receiver == "y" else (y, z + y)
+        return self._activated(self.y_norm(y)), self._activated(self.z_norm(z))
+
+    def _activated(self, x: Tensor) -> Tensor:
+        return self.pool(F.leaky_relu(x, LEAK))
 
 
 class Encoder(nn.Module):
     """G_y and G_z of images: Table 3 (28×28) or Table 7 (32×32)."""
 
-    def __init__(self, shape: tuple[int, int, int], n_components: int, latent_dim: int, receiver: str):
+    def __init__(self, shape: tuple[int, int, int], n_components: int, latent_dim: int, receiver: str, labelled: bool = False):
         super().__init__()
         if shape[1] == 28:
             self.shared, channels, rows = nn.Identity(), shape[0], [(layer, 1) for layer in MNIST_ENCODER]
@@ -100,17 +109,21 @@ class Encoder(nn.Module):
             rows = [((192, 1, 1, 0.0), 1), ((96, 1, 1, 0.0), 6)]
         self.rows = nn.ModuleList()
         for layer, pool in rows:
-            self.rows.append(Coupled(channels, layer, n_components, receiver, pool))
+            self.rows.append(Coupled(channels, layer, n_components, receiver, labelled, pool))
             channels = layer[0]
         self.y_heads = nn.ModuleList(nn.Conv2d(channels, n_components, 1) for _ in range(2))  # y_μ, y_σ
         self.z_heads = nn.ModuleList(nn.Conv2d(channels, latent_dim, 1) for _ in range(2))  # z_μ, z_σ
 
-    def forward(self, x: Tensor, label: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Means and log-variances of h_y, (B, K), and z, (B, D). x: (B, C, H, W) in [0, 1]; label: (B, K), one-hot, for eq. (6)."""
+    def forward(self, x: Tensor, label: Tensor | None = None) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor]]:
+        """Means and log-variances of h_y, (B, K), and z, (B, D). x: (B, C, H, W) in [0, 1].
+
+        label: (B, K), one-hot, where y is known: then None stands for h_y's.
+        """
         y = z = self.shared(x)
         for row in self.rows:
             y, z = row(y, z, label)
-        return tuple(wide(head(y).flatten(1)) for head in self.y_heads), tuple(wide(head(z).flatten(1)) for head in self.z_heads)
+        of_y = None if y is None else tuple(wide(head(y).flatten(1)) for head in self.y_heads)
+        return of_y, tuple(wide(head(z).flatten(1)) for head in self.z_heads)
 
 
 def svhn_images(channels: int, norm: bool) -> nn.Sequential:

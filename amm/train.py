@@ -40,6 +40,7 @@ SETS = {  # data set: image shape, classes; None: the number is found in the fol
     "svhn_extra": ((3, 32, 32), 10),
     "folder": ((1, 28, 28), None),
 }
+SVHN_TRAIN = 73_257  # images of svhn_extra that are train's: the first ones
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Config:
     """The values' sources stand in configs/*.yaml, the choices in the ledger."""
 
     dataset: str = "mnist"  # one of SETS; folder:<path> is a person's own. Pixels in [0, 1]
-    n_components: Count = 10  # K
+    n_components: Annotated[int, Range(2)] = 10  # K
     latent_dim: Count = 64  # of z
     factorisation: Literal["eq7", "eq6"] = "eq7"  # q(z|x) q(y|x, z), the tables' wiring, or q(y|x) q(z|x, y), Algorithm 1's
     variance: Literal["unit", "learned"] = "unit"  # of the components: Tables 4 and 8
@@ -64,8 +65,8 @@ class Config:
 
     def __post_init__(self):
         described(self.dataset, SETS)
-        if self.n_components < 2:
-            raise ValueError(f"n_components: a mixture has at least 2, found {self.n_components}")
+        if not self.semi_supervised and (self.n_labels, self.labels) != (Config.n_labels, Config.labels):
+            raise ValueError("n_labels, labels: of no influence without --semi-supervised true")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -76,7 +77,7 @@ def build(config: Config) -> dict[str, nn.Module]:
     """The four networks by name. components is G_z(y), the mixture."""
     shape, k, d = config.shape, config.n_components, config.latent_dim
     networks = {
-        "encoder": Encoder(shape, k, d, "y" if config.factorisation == "eq7" else "z"),
+        "encoder": Encoder(shape, k, d, "y" if config.factorisation == "eq7" else "z", config.semi_supervised),
         "components": Components(shape, k, d, config.variance),
         "decoder": Decoder(shape, k, d),
         "discriminator": Discriminator(shape, k, d),
@@ -162,10 +163,7 @@ def gradients(
     found = {}
     for player, names in PLAYERS.items():
         parameters = [p for name in names for p in networks[name].parameters()]
-        # A label's place under eq. (6) is empty in AMM: such parameters have gradient 0.
-        last = player == "encoder"
-        given = torch.autograd.grad(losses[player], parameters, retain_graph=not last, allow_unused=True, materialize_grads=True)
-        found[player] = list(given)
+        found[player] = list(torch.autograd.grad(losses[player], parameters, retain_graph=player != "encoder"))
     used = games[0].inferred[1].detach().mean(0)
     terms = {f"{player}_loss": loss for player, loss in losses.items()} | {
         "penalty": penalty,
@@ -212,12 +210,18 @@ class Split(NamedTuple):
 
 def split(config: Config, data: Dataset, seed: int) -> Split:
     """Training and validation images, the labelled ones, p(y). Raises UserError where they cannot fit."""
-    n, held = len(data.train_images), config.validation
-    if held + config.batch > n:
-        raise run.UserError(f"validation: {held} held out of {n} training images leave fewer than a batch of {config.batch}")
-    order = torch.randperm(n, generator=run.generator(seed, "validation")) if config.held_out == "random" else torch.arange(n)
-    kept, out = order[: n - held].sort().values, order[n - held :].sort().values
-    images, labels = data.train_images[kept], data.train_labels[kept]
+    # Of svhn_extra the images of extra are only ever trained on: what is held out, and what is labelled, is of train.
+    pool, held = len(data.train_images), config.validation
+    if data.name == "svhn_extra":
+        pool = min(pool, SVHN_TRAIN)
+    if held + config.batch > pool:
+        raise run.UserError(f"validation: {held} held out of {pool} training images leave fewer than a batch of {config.batch}")
+    order = torch.arange(pool)
+    if config.held_out == "random":
+        order = torch.randperm(pool, generator=run.generator(seed, "validation"))
+    kept, out = order[: pool - held].sort().values, order[pool - held :].sort().values
+    extra = torch.arange(pool, len(data.train_images))
+    images, labels = (part[torch.cat([kept, extra])] for part in (data.train_images, data.train_labels))
     known, priors = torch.arange(0), torch.full((config.n_components,), 1 / config.n_components)
     if config.semi_supervised:
         if data.n_classes < 2:
@@ -226,7 +230,7 @@ def split(config: Config, data: Dataset, seed: int) -> Split:
             raise run.UserError(f"n_components: {config.n_components} cannot stand for the {data.n_classes} classes of {data.name}")
         if config.n_labels < data.n_classes:
             raise run.UserError(f"n_labels: {config.n_labels} labels are fewer than the {data.n_classes} classes of {data.name}")
-        known = choose_labels(labels, config.n_labels, config.labels, data.n_classes, seed)  # refuses a draw without some class
+        known = choose_labels(labels[: len(kept)], config.n_labels, config.labels, data.n_classes, seed)
         priors = labels[known].bincount(minlength=config.n_components).float() / config.n_labels
     return Split(images, labels, data.train_images[out], data.train_labels[out], known, priors)
 
@@ -291,7 +295,7 @@ def train(config: Config, options: run.Options) -> Path:
                 r.after_step(train_step(networks, optimizers, batch, priors, config, options.precision))
             more = {}
             if config.validation:
-                more["validation_error"] = validation_error(networks, validation_images, s.validation_labels, config, data.n_classes)
+                more["validation_error_g_y"] = validation_error(networks, validation_images, s.validation_labels, config, data.n_classes)
             r.after_epoch(**more)
             if path := r.sample_path():
                 save_grid(draw(networks, config, rows, run.generator(options.seed, "samples")), path, columns=10)
