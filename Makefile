@@ -12,7 +12,7 @@ DATASET ?=
 UNOFFICIAL ?=
 FLAGS ?=
 
-WHERE = --data "$(DATA)" --runs "$(RUNS)" --device $(DEVICE) --threads $(THREADS) $(if $(UNOFFICIAL),--unofficial-data)
+WHERE = --data "$(DATA)" --runs "$(RUNS)" --device $(DEVICE) --threads $(THREADS) $(if $(UNOFFICIAL),--unofficial-data) $(if $(INCEPTION),--inception "$(INCEPTION)")
 CONFIGS := $(sort $(wildcard */configs/*.yaml))
 TARGETS := $(foreach c,$(CONFIGS),$(firstword $(subst /, ,$(c)))-$(basename $(notdir $(c))))
 
@@ -56,7 +56,7 @@ $(TARGETS): $(READY)
 	@set -e; paper=$(firstword $(subst -, ,$@)); experiment=$(patsubst $(firstword $(subst -, ,$@))-%,%,$@); \
 	for seed in $(SEEDS); do \
 	  "$(PYTHON)" -m $$paper.train $$experiment --seed $$seed $(WHERE) --precision $(PRECISION) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DATASET),--dataset "$(DATASET)") $(FLAGS); \
-	  "$(PYTHON)" -m $$paper.eval $$experiment --seed $$seed $(WHERE) $(if $(INCEPTION),--inception "$(INCEPTION)"); \
+	  "$(PYTHON)" -m $$paper.eval $$experiment --seed $$seed $(WHERE); \
 	done; \
 	"$(PYTHON)" -m common.diff show $$paper --experiment $$experiment --runs "$(RUNS)"
 

@@ -180,7 +180,7 @@ def embedded(z: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run.evaluate_from("amm", evaluate, argv, weights=False, shown=lambda name: "purity_of" not in name)
+    run.evaluate_from("amm", evaluate, argv, shown=lambda name: "purity_of" not in name)
 
 
 if __name__ == "__main__":

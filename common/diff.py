@@ -78,8 +78,16 @@ def published(paper: str) -> Published:
     for entry in entries:
         if type(entry.value) not in (int, float) or entry.better not in ("lower", "higher", "equal"):
             raise UserError(f"{path}: {entry.id}: value must be a number and better one of lower, higher, equal")
-    rest = {key: content.get(key, []) for key in ("ours", "reference", "claims")}
-    return Published(entries, **rest, stand_ins=content.get("stand_ins", {}))
+    rest = {key: content.get(key, []) for key in ("reference", "claims")}
+    return Published(entries, ours=_each_experiment(content.get("ours", [])), **rest, stand_ins=content.get("stand_ins", {}))
+
+
+def _each_experiment(items: list[dict]) -> list[dict]:
+    """One item for each experiment, where several are named, those of one experiment together."""
+    several = [(item, [item["experiment"]] if isinstance(item["experiment"], str) else item["experiment"]) for item in items]
+    single = [{**item, "experiment": experiment} for item, experiments in several for experiment in experiments]
+    order = list(dict.fromkeys(item["experiment"] for item in single))
+    return sorted(single, key=lambda item: order.index(item["experiment"]))
 
 
 def read_records(path: Path) -> list[dict]:
@@ -129,14 +137,18 @@ def not_comparable(record: dict, config) -> str | None:
 def unfinished(record: dict, config) -> str | None:
     """How a record's run differs from a complete run of the committed config, or None."""
     provenance = record["provenance"]
-    if record["config_hash"] != run.config_hash(config):
-        theirs, ours = record["config"], dataclasses.asdict(config)
-        filled = {k for k in getattr(config, "LEFT_TO_DATA", ()) if ours[k] is None}
-        if ":" in (named := str(ours.get("dataset"))) and str(theirs.get("dataset")).startswith(named.partition(":")[0] + ":"):
-            filled.add("dataset")  # where a person keeps a folder is no setting
-        differing = [f"{k} {theirs.get(k)}" for k, v in ours.items() if k not in {"epochs", *filled} and theirs.get(k, v) != v]
-        if differing or not filled or theirs.keys() - ours.keys():
-            return f"another config ({', '.join(differing) or 'a field unknown here'})"
+    theirs, ours = record["config"], dataclasses.asdict(config)
+    filled = {k for k in getattr(config, "LEFT_TO_DATA", ()) if ours[k] is None}
+    if ":" in (named := str(ours.get("dataset"))) and str(theirs.get("dataset")).startswith(named.partition(":")[0] + ":"):
+        filled.add("dataset")  # where a person keeps a folder is no setting
+    free = run.without_influence(config) | filled
+    differing = [f"{k} {theirs.get(k)}" for k, v in ours.items() if k not in free and theirs.get(k, v) != v]
+    other_hash = record["config_hash"] != run.config_hash(config)
+    if differing or other_hash and (not filled or theirs.keys() - ours.keys()):
+        return f"another config ({', '.join(differing) or 'a field unknown here'})"
+    kind = str(theirs.get("dataset")).partition(":")[0]
+    if "dataset" in theirs and str(provenance["data"]).partition(":")[0] != kind:
+        return f"other data ({provenance['data']}, where the config has {kind})"
     if provenance["epochs"] != config.epochs or provenance["steps_beyond"]:
         beyond = f" and {provenance['steps_beyond']} steps" if provenance["steps_beyond"] else ""
         return f"{provenance['epochs']}{beyond} of {config.epochs} epochs"
@@ -487,8 +499,11 @@ def blocks() -> dict[Path, str]:
         glance += [f"**[{paper}]({paper}/README.md)**", *([as_markdown([rows[0], *done])] if done else []), rest]
         order = rankings(paper)
         said = claims(paper)
-        blocks_of_paper = [rows, order, said]
-        body = [*(as_markdown(block) for block in blocks_of_paper if block), reference_runs(paper), pictures(paper)]
+        shown = [row for row in rows if row[0] != "ours" or row[4] != "–"]
+        left = len(rows) - len(shown)
+        waiting = f"{left} more numbers that we measure beside them are not run yet: `make diff`." if left else ""
+        tables = [as_markdown(shown), waiting, *(as_markdown(block) for block in (order, said) if block)]
+        body = [*tables, reference_runs(paper), pictures(paper)]
         path = ROOT / paper / "README.md"
         written[path] = with_block(path, "\n\n".join(part for part in body if part))
     path = ROOT / "README.md"

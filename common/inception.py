@@ -18,6 +18,8 @@ from common.metrics import moments
 from common.run import UserError, load_checkpoint, save_checkpoint
 
 FEATURES = 2048
+LOGITS = "logits_unbiased"
+OPERATIONS = 1.14e10  # of one image, 299×299
 SHA256_PREFIX = "6726825d"  # of the weights file; its publishers write it into the file's name
 
 
@@ -62,20 +64,27 @@ def _check(path: Path) -> None:
         raise UserError(f"{path}: not the official Inception weights (SHA-256 {found[:8]}…, expected {SHA256_PREFIX}…): delete it")
 
 
-def extractor(weights: Path, device: torch.device, layer: str = str(FEATURES)) -> torch.nn.Module:
-    """The network up to a layer: the 2048 features of FID, or "logits_unbiased", the 1,008 logits without bias of the Inception Score."""
+def extractor(weights: Path, device: torch.device, *layers: str) -> torch.nn.Module:
+    """The network up to FEATURES, FID's, or to the layers named: also LOGITS, the 1,008 without bias of the Inception Score."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    return FeatureExtractorInceptionV3("inception-v3-compat", [layer], str(weights)).to(device)
+    return FeatureExtractorInceptionV3("inception-v3-compat", list(layers) or [str(FEATURES)], str(weights)).to(device)
 
 
 @torch.no_grad()
 def features(network: torch.nn.Module, images: Tensor, batch: int = 100) -> Tensor:
-    """What the extractor gives, (N, 2048) or (N, 1008), float32 on the CPU, of uint8 images (N, 1 or 3, H, W)."""
+    """What the extractor gives first, (N, 2048) or (N, 1008), float32 on the CPU, of uint8 images (N, 1 or 3, H, W)."""
+    return outputs(network, images, batch)[0]
+
+
+@torch.no_grad()
+def outputs(network: torch.nn.Module, images: Tensor, batch: int = 100) -> tuple[Tensor, ...]:
+    """All that the extractor gives, layer by layer, as `features` gives the first."""
     device = next(network.parameters()).device
     print(f"Inception features of {len(images):,} images", flush=True)  # on a CPU some minutes per 10,000
     parts = tqdm(images.split(batch), disable=not sys.stderr.isatty(), leave=False)
-    return torch.cat([network(part.to(device).expand(-1, 3, -1, -1).contiguous())[0].cpu() for part in parts])
+    given = [[layer.cpu() for layer in network(part.to(device).expand(-1, 3, -1, -1).contiguous())] for part in parts]
+    return tuple(torch.cat(layer) for layer in zip(*given, strict=True))
 
 
 def cached_moments(network: torch.nn.Module, images: Tensor, cache: Path, key: str) -> tuple[Tensor, Tensor]:

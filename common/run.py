@@ -236,14 +236,19 @@ def experiment_config(paper: str, experiment: str, overrides: dict | None = None
 def config_hash(config: typing.Any) -> str:
     """12 hex digits over the fields that differ from their defaults, so that a new switch does not disown old runs.
 
-    The number of epochs is left out: it may grow, and a result states it by itself.
+    The number of epochs is left out: it may grow, and a result states it by itself. So are the fields of `without_influence`.
     """
     differing = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if field.name != "epochs" and getattr(config, field.name) != field.default
+        if field.name not in without_influence(config) and getattr(config, field.name) != field.default
     }
     return hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def without_influence(config: typing.Any) -> set[str]:
+    """The fields in which two runs of one experiment may differ: epochs, and what the config's class names in NO_INFLUENCE."""
+    return {"epochs", *getattr(config, "NO_INFLUENCE", ())}
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -260,6 +265,7 @@ class Options:
     device: str = "auto"
     threads: int = 0
     unofficial_data: bool = False
+    inception: Path | None = None
     precision: str = "fp32"
     save_every: float = 60.0
     deterministic: bool = False
@@ -335,6 +341,7 @@ def add_options(parser: argparse.ArgumentParser, paper: str) -> None:
     parser.add_argument("--runs", type=as_path, default=Path("runs"), help="folder under which runs are kept")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    parser.add_argument("--inception", type=as_path, help="the Inception weights, where scores need them; default: torch's hub folder")
     parser.add_argument("--unofficial-data", action="store_true", help="read data whose digest is not the official one")
 
 
@@ -604,7 +611,8 @@ class Run:
         # A field added to Config since has the default that leaves old runs as they were.
         defaults = {f.name: f.default for f in dataclasses.fields(self.config)}
         theirs = {**defaults, **state["identity"], **state["config"]}
-        differing = [f"{k}: {theirs.get(k)!r} there, {v!r} asked for" for k, v in ours.items() if k != "epochs" and theirs.get(k) != v]
+        free = without_influence(self.config)
+        differing = [f"{k}: {theirs.get(k)!r} there, {v!r} asked for" for k, v in ours.items() if k not in free and theirs.get(k) != v]
         if differing:
             raise UserError(f"{self.folder} holds a run made otherwise ({'; '.join(differing)}). Ask for the same, or use another --runs")
         if state["epoch"] + (state["step"] > 0) > self.config.epochs:
@@ -758,22 +766,17 @@ def record(options: Options, config: typing.Any, state: dict, metrics: dict, dev
 
 
 def evaluate_from(
-    paper: str, evaluate: Callable[..., dict], argv: list[str] | None, weights: bool = True, shown: Callable[[str], bool] = bool
+    paper: str, evaluate: Callable[[Options], dict], argv: list[str] | None, shown: Callable[[str], bool] = bool
 ) -> None:
     """The command line of `python -m <paper>.eval`: evaluate one run and print its metrics.
 
-    evaluate: Options and, with `weights`, the Inception file or None -> what `record` made.
-    shown: which metrics to print, by name; eval.json has them all.
+    evaluate: gives what `record` made.  shown: which metrics to print, by name; eval.json has them all.
     """
     parser = Parser(prog=f"python -m {paper}.eval")
     add_options(parser, paper)
-    if weights:
-        parser.add_argument("--inception", type=as_path, help="the Inception weights; default: torch's hub folder, downloaded once")
-    namespace = vars(parser.parse_all(argv))
-    more = [namespace.pop("inception")] if weights else []
-    options = Options(**namespace)
+    options = Options(**vars(parser.parse_all(argv)))
     check_experiment(paper, options.experiment)
-    result = evaluate(options, *more)
+    result = evaluate(options)
     folder = options.folder(paper)
     done, asked = result["provenance"]["epochs"], result["config"]["epochs"]
     print(f"{paper} {options.experiment}, seed {options.seed}, {done} of {asked} epochs on {result['provenance']['data']}:")

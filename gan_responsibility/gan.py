@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gan_responsibility import model
 from gan_responsibility.model import Mixture
-from gan_responsibility.train import Batch, Task, wide
+from gan_responsibility.train import Batch, Task, move, wide
 
 __all__ = ["Config", "build", "counts", "examples", "generate", "players", "train_step"]  # what every system brings
 
@@ -75,10 +75,7 @@ def train_step(
     mine = players(networks)
     found = {"discriminator": torch.autograd.grad(d_loss, mine["discriminator"], retain_graph=True)}
     found["generator"] = torch.autograd.grad(g_loss, mine["generator"])
-    for player, optimizer in optimizers.items():
-        for p, gradient in zip(mine[player], found[player], strict=True):
-            p.grad = gradient
-        optimizer.step()
+    move(optimizers, mine, found)
     return {"d_loss": d_loss, "g_loss": g_loss}
 
 

@@ -138,3 +138,8 @@ def information_loss(logits: Tensor, alpha: Tensor, target: str) -> Tensor:
 def entropy_share(alpha: Tensor) -> Tensor:
     """How undecided responsibilities are: the mean entropy of the rows of α (M, K), as a share of log K. 1: uniform for every image."""
     return -torch.special.xlogy(alpha, alpha).sum(-1).mean() / math.log(alpha.shape[-1])
+
+
+def information_share(alpha: Tensor) -> Tensor:
+    """What k tells of x: entropy of the mean row of α (M, K) less the rows' mean entropy, as a share of log K. 0: all rows are the same."""
+    return entropy_share(alpha.mean(0, keepdim=True)) - entropy_share(alpha)

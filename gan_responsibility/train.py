@@ -5,6 +5,7 @@
 Run it again to resume; `--describe` prints what would be trained. The same loop trains the two baselines, gan.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -14,14 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import run
+from common import inception, run
 from common.data import described, load
 from common.metrics import clustering_accuracy, contingency, normalised_mutual_information
 from common.plots import save_grid
 from common.run import Count, Decay, NonNegative, Positive, Range
 from gan_responsibility import model
-from gan_responsibility.model import Mixture, discriminator_loss, entropy_share, generator_loss, information_loss
-from gan_responsibility.scores import Scorer
+from gan_responsibility.model import (
+    Mixture,
+    discriminator_loss,
+    entropy_share,
+    generator_loss,
+    information_loss,
+    information_share,
+)
+from gan_responsibility.scores import SAMPLES, Scorer
 
 __all__ = ["Config", "build", "counts", "examples", "generate", "players", "responsibilities", "train_step"]  # what every system brings
 
@@ -35,7 +43,8 @@ SETS = {  # data set: image shape, classes; None: the number is found in the fol
     "folder": ((1, 28, 28), None),
     "folder_colour": ((3, 64, 64), None),
 }
-COLLAPSED = 0.99  # α is said to have collapsed beyond this
+ALL = 0.99  # beyond this share of α's mass on one Gaussian, that one is said to have all
+NOTHING = 0.01  # below this share of log K, k is said to tell nothing of x
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Task:
 
     dataset: str = "mnist"  # one of SETS; folder:<path> and folder_colour:<path> are a person's own. Pixels to [-1, 1]
     networks: Literal["count_matched", "as_printed"] = "count_matched"  # the reading of Table 3
-    n_components: Count | None = 10  # K; None: as many as the data have classes
+    n_components: Annotated[int, Range(2)] | None = 10  # K; None: as many as the data have classes
     latent_dim: Count = 100  # D_z
     mean_range: NonNegative = 0.1  # μ_k ~ U[-this, this]^D_z at first
     deviation: Positive = 0.15  # A_k = this · I at first
@@ -77,7 +86,9 @@ class Config(Task):
     information_moves: Literal["classifier", "all"] = "classifier"  # Algorithm 1, line 13; or G, μ and A as well, Sec. 2.4
     adversarial_moves_classifier: bool = True  # through α, Algorithm 1, line 12
     alpha_in_information: Literal["fixed", "trained"] = "fixed"  # whether eq. (4) reaches C through the real images' α too
-    microbatch: Annotated[int, Range(0)] = 0  # real images whose fakes D and C see at once; 0: all M
+    microbatch: Annotated[int, Range(0)] = 0  # real images whose fakes D and C see at once; 0: all M. It bounds memory alone
+
+    NO_INFLUENCE = ("microbatch",)
 
     def __post_init__(self):
         super().__post_init__()
@@ -144,15 +155,20 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One iteration of Algorithm 1 for the whole batch. All gradients are taken before any step. Returns losses, on the device.
 
-    alpha_entropy: see `entropy_share`; largest_weight: the largest of the K means of α over the batch. Both near 1: α has collapsed.
+    alpha_entropy: see `entropy_share`; alpha_information: see `information_share`; largest_weight: the largest of the K means of α over the
+    batch. An information near 0 or a weight near 1: α says nothing.
     """
     found, terms = gradients(networks, batch, config, precision)
-    mine = players(networks)
+    move(optimizers, players(networks), found)  # lines 11 to 13
+    return terms
+
+
+def move(optimizers: dict[str, torch.optim.Optimizer], mine: dict[str, list[nn.Parameter]], found: dict[str, Sequence[Tensor]]) -> None:
+    """A step of every player down its gradients."""
     for player, optimizer in optimizers.items():
         for p, gradient in zip(mine[player], found[player], strict=True):
             p.grad = gradient
-        optimizer.step()  # lines 11 to 13
-    return terms
+        optimizer.step()
 
 
 def gradients(
@@ -161,7 +177,8 @@ def gradients(
     """The gradient of each player's losses in its parameters, and the losses (means over the M images).
 
     The fakes of all images are generated in one pass, so that batch normalisation sees them all; D and C then work on the fakes of
-    `microbatch` images at a time. What G, μ, A and C are owed is gathered where the parts are joined, at the fakes and at α.
+    `microbatch` images at a time. What G, μ, A and C are owed is gathered where the parts are joined, at the fakes and at α; what D is owed
+    for the real images, at its outputs on them.
     """
     m, k, device = len(batch.real), config.components, batch.real.device
     mine = players(networks)
@@ -178,42 +195,44 @@ def gradients(
         on_real = wide(networks["discriminator"](h_real)).squeeze(1)
         noise = torch.randn(m, k, config.latent_dim, generator=batch.noise, device=device, dtype=batch.real.dtype)  # line 4
         made = networks["generator"](networks["mixture"](noise).flatten(0, 1))  # (M·K, C, H, W), lines 5 and 6
-    # Cut the graph here: from α and the fakes on, part by part.
-    weights, fakes = alpha.detach().requires_grad_(), made.detach().requires_grad_()
-    owed_alpha, owed_fakes = torch.zeros_like(weights), torch.zeros_like(fakes)
+    # Cut the graph here: from α, the fakes and D of the real images on, part by part.
+    weights, fakes, judged = alpha.detach(), made.detach(), on_real.detach()
+    owed_alpha, owed_fakes, owed_real = (torch.zeros_like(t) for t in (weights, fakes, judged))
 
     size = config.microbatch or m
     for start in range(0, m, size):
         images = slice(start, min(start + size, m))
         rows = slice(images.start * k, images.stop * k)
-        part = fakes[rows].detach().requires_grad_()
-        a = weights[images].detach().requires_grad_()
+        part, a, real = (t.clone().requires_grad_() for t in (fakes[rows], weights[images], judged[images]))
         fixed = a.detach()
         with mixed:
             h, on_part = look(networks, part, config)  # line 7
             on_fake = wide(networks["discriminator"](h)).view(-1, k)
         information = information_loss(on_part.view(-1, k, k), a if config.alpha_in_information == "trained" else fixed, config.target) / m
         adversarial = generator_loss(on_fake, a if config.adversarial_moves_classifier else fixed, config.saturating) / m
-        d_loss = discriminator_loss(on_real[images], on_fake, fixed) / m  # lines 9 and 10 end here
+        d_loss = discriminator_loss(real, on_fake, fixed) / m  # lines 9 and 10 end here
 
-        add("discriminator", torch.autograd.grad(d_loss, mine["discriminator"], retain_graph=True))  # line 11; α is fixed
+        owed_real[images], *at_discriminator = torch.autograd.grad(d_loss, (real, *mine["discriminator"]), retain_graph=True)
+        add("discriminator", tuple(at_discriminator))  # line 11; α is fixed
         # Line 12: G, μ and A at the fakes; C at α. Line 13: C by its own outputs and, as a switch, at α; as a switch G, μ and A.
         owed = torch.autograd.grad(adversarial, (part, a), retain_graph=True, allow_unused=True, materialize_grads=True)
         owed_fakes[rows] += owed[0]
         owed_alpha[images] += owed[1]
-        inputs = (*mine["classifier"], a, part)
-        *at_classifier, at_alpha, at_fakes = torch.autograd.grad(information, inputs, allow_unused=True, materialize_grads=True)
-        add("classifier", tuple(at_classifier))
-        owed_alpha[images] += at_alpha
+        inputs = [*mine["classifier"]] + [a] * (config.alpha_in_information == "trained") + [part] * (config.information_moves == "all")
+        given = list(torch.autograd.grad(information, inputs))
         if config.information_moves == "all":
-            owed_fakes[rows] += at_fakes
+            owed_fakes[rows] += given.pop()
+        if config.alpha_in_information == "trained":
+            owed_alpha[images] += given.pop()
+        add("classifier", tuple(given))
         for name, value in (("d_loss", d_loss), ("g_loss", adversarial), ("information", information)):
             totals[name] = totals[name] + value.detach()
 
+    add("discriminator", torch.autograd.grad(on_real, mine["discriminator"], owed_real, retain_graph=True))
     add("classifier", torch.autograd.grad(alpha, mine["classifier"], owed_alpha))
     add("generator", torch.autograd.grad(made, mine["generator"], owed_fakes))
-    share, largest = entropy_share(weights.detach()), weights.detach().mean(0).max()
-    return sums, totals | {"alpha_entropy": share, "largest_weight": largest}
+    shares = {"alpha_entropy": entropy_share(weights), "alpha_information": information_share(weights)}
+    return sums, totals | shares | {"largest_weight": weights.mean(0).max()}
 
 
 def look(networks: dict[str, nn.Module], images: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -311,8 +330,12 @@ def train(config: Task, options: run.Options) -> Path:
         raise run.UserError(f"batch: {config.batch} is more than the {len(data.train_images)} training images")
     system = system_of(vars(config))
     images, test_images = data.train_images.to(device), data.test_images.to(device)
+    scorer = Scorer.find(data, options, device)
     cost = operations(config, system, len(images))
-    print(f"about {cost:.2g} operations for {config.epochs} epochs{': a GPU is needed' if cost > 1e16 else ''}", flush=True)
+    scoring = -(-config.epochs // config.score_every) * SAMPLES * inception.OPERATIONS if scorer else 0.0
+    more = f" and {scoring:.2g} for their scores" if scorer else ""
+    needed = ": a GPU is needed" if cost + scoring > 1e16 else ""
+    print(f"about {cost:.2g} operations for {config.epochs} epochs{more}{needed}", flush=True)
 
     torch.manual_seed(options.seed)
     networks = {name: network.to(device, memory_format=torch.channels_last) for name, network in system.build(config).items()}
@@ -320,7 +343,6 @@ def train(config: Task, options: run.Options) -> Path:
         player: torch.optim.Adam(parameters, lr=config.learning_rate, betas=(config.beta1, 0.999), fused=True)
         for player, parameters in system.players(networks).items()
     }
-    scorer = Scorer.find(data, options.runs / "cache", device)
     rows = torch.eye(config.components).repeat_interleave(10, 0)  # one-hot: ten of each Gaussian
 
     steps = -(-len(images) // config.batch)
@@ -341,7 +363,7 @@ def train(config: Task, options: run.Options) -> Path:
                 weights = mode_weights(system, networks, config, images)
                 more |= scorer.scores(lambda n: drawn_from(system, networks, config, weights, n, options.seed))  # noqa: B023
             r.after_epoch(**more)
-            say_if_collapsed(r.rows[-1], config.components)
+            say_if_collapsed(r.rows, config.components)
             if path := r.sample_path():
                 made = sampled(system, networks, config, rows, run.generator(options.seed, "samples"))
                 save_grid((made + 1) / 2, path, columns=10)
@@ -364,15 +386,18 @@ def drawn_from(system: ModuleType, networks: dict[str, nn.Module], config: Task,
     return ((made.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def say_if_collapsed(row: dict, k: int) -> None:
-    """A line on the screen while α says nothing: the same for every image, or undecided for every image."""
-    if k > 1 and row.get("alpha_entropy", 0.0) > COLLAPSED:
+def say_if_collapsed(rows: list[dict], k: int) -> None:
+    """A line on the screen after an epoch in which α said nothing: all on one Gaussian, or the same for every image, as it is at first."""
+    row = rows[-1]
+    if row.get("largest_weight", 0.0) > ALL:
+        print(f"epoch {row['epoch']}: α has collapsed: {100 * row['largest_weight']:.1f} % of its mass on one Gaussian", flush=True)
+    elif row.get("alpha_information", 1.0) < NOTHING:
+        word = "is the same again" if any(earlier["alpha_information"] >= NOTHING for earlier in rows) else "is still the same"
         print(
-            f"epoch {row['epoch']}: α has collapsed: uniform for every image (entropy {100 * row['alpha_entropy']:.1f} % of log {k})",
+            f"epoch {row['epoch']}: α {word} for every image: k tells {100 * row['alpha_information']:.2f} % of log {k} of x, "
+            f"entropy {100 * row['alpha_entropy']:.1f} %",
             flush=True,
         )
-    if k > 1 and row.get("largest_weight", 0.0) > COLLAPSED:
-        print(f"epoch {row['epoch']}: α has collapsed: {100 * row['largest_weight']:.1f} % of its mass on one Gaussian", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -65,8 +65,8 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Trained:
     return Trained(*run.trained("gmgan", Path(folder), torch.device(device)))
 
 
-def evaluate(options: run.Options, weights: Path | None = None) -> dict:
-    """Evaluate one run: its metrics, written to eval.json, and its figures. weights: the Inception file, if named."""
+def evaluate(options: run.Options) -> dict:
+    """Evaluate one run: its metrics, written to eval.json, and its figures."""
     device, folder = run.set_up(options), options.folder("gmgan")
     trained = load_run(folder, device)
     config, data = load_data(trained.config, options)
@@ -75,7 +75,7 @@ def evaluate(options: run.Options, weights: Path | None = None) -> dict:
     if data.name in toy.VARIANCE:
         metrics = toy.scores(trained.networks, trained.system, config, trained.state["rows"])
     elif hasattr(trained.system, "generate"):
-        metrics, judges = on_images(trained, data, options, weights)
+        metrics, judges = on_images(trained, data, options)
     else:
         metrics = trained.system.scores(trained.networks, data, options.seed)
     result = run.record(options, trained.config, trained.state, metrics, device, **judges)
@@ -91,7 +91,7 @@ def evaluate(options: run.Options, weights: Path | None = None) -> dict:
 
 
 def on_images(
-    trained: Trained, data: Dataset, options: run.Options, weights: Path | None
+    trained: Trained, data: Dataset, options: run.Options
 ) -> tuple[dict[str, float], dict[str, str | None]]:
     """Table 2, Table 3 and the curves of Figs. 2 and 7 for one run, and which networks judged."""
     network, accuracy = classifier.trained(data, options.runs / "cache", trained.device)
@@ -108,7 +108,7 @@ def on_images(
         shown = ("quality", "diversity", "largest_class")
         found |= {f"{name}_at_{multiplier}": values[name] for name in shown}
     found |= clustering(trained, data, options.seed)
-    inception_scores, judge = inception_score(trained, data, options, weights)
+    inception_scores, judge = inception_score(trained, data, options)
     return found | inception_scores, {"classifier": classifier.digest(network), "inception": judge}
 
 
@@ -165,15 +165,15 @@ def clustering(trained: Trained, data: Dataset, seed: int) -> dict[str, float]:
     return found
 
 
-def inception_score(trained: Trained, data: Dataset, options: run.Options, weights: Path | None) -> tuple[dict[str, float], str | None]:
+def inception_score(trained: Trained, data: Dataset, options: run.Options) -> tuple[dict[str, float], str | None]:
     """Table 2's score, of 50,000 samples, and Fig. 2's curve, of 10,000 at each σ; nothing where the weights cannot be had."""
     if data.name not in NATURAL:
         return {}, None
-    path, reason = inception.find_weights(weights)
+    path, reason = inception.find_weights(options.inception)
     if path is None:
         print(f"Inception Score left out: {reason}")
         return {}, None
-    network = inception.extractor(path, trained.device, "logits_unbiased")
+    network = inception.extractor(path, trained.device, inception.LOGITS)
     images, _ = trained.mixture(INCEPTION_SAMPLES, seed=options.seed)
     found = {"inception_score": scores.inception_score(inception.features(network, images))}
     for multiplier in MULTIPLIERS:

@@ -80,8 +80,8 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Trained:
     return Trained(*run.trained("segma", Path(folder), torch.device(device)))
 
 
-def evaluate(options: run.Options, weights: Path | None = None) -> dict:
-    """Evaluate one run: metrics and details, written to eval.json, and the figures. weights: the Inception file, if named."""
+def evaluate(options: run.Options) -> dict:
+    """Evaluate one run: metrics and details, written to eval.json, and the figures."""
     device, folder = run.set_up(options), options.folder("segma")
     trained = load_run(folder, device)
     data = load(trained.config.dataset, options.data, options.unofficial_data)
@@ -90,7 +90,7 @@ def evaluate(options: run.Options, weights: Path | None = None) -> dict:
     metrics, details, timing = quality(trained, data, z), {}, {}
     if trained.config.labelled_per_batch:
         metrics = table_ii(trained, data, z, options.seed) | metrics
-    scores, judges = tables_i_and_iii(trained, data, z, options, weights)
+    scores, judges = tables_i_and_iii(trained, data, z, options)
     if "mixture" in trained.networks:  # SeGMA's own
         details["sampled_distance"], timing = closed_form_against_sampling(trained, z, options.seed)
         noise = {row["n"]: row["gradient_noise"] for row in details["sampled_distance"]}
@@ -139,7 +139,7 @@ def quality(trained: Trained, data: Dataset, z: Tensor) -> dict[str, float]:
 
 
 def tables_i_and_iii(
-    trained: Trained, data: Dataset, z: Tensor, options: run.Options, weights: Path | None
+    trained: Trained, data: Dataset, z: Tensor, options: run.Options
 ) -> tuple[dict[str, float], dict[str, str | None]]:
     """FID of 10,000 samples of the mixture (Table I) and of 10,000 points between test images (Table III).
 
@@ -165,7 +165,7 @@ def tables_i_and_iii(
     if min(len(data.train_images), len(data.test_images)) < inception.FEATURES:
         print(f"FID left out: {data.name} has fewer images than the {inception.FEATURES} features whose covariance it needs")
         return scores, judges
-    path, reason = inception.find_weights(weights)
+    path, reason = inception.find_weights(options.inception)
     if path is None:
         print(f"FID left out: {reason}")
         return scores, judges

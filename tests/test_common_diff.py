@@ -98,8 +98,11 @@ def test_records_that_are_not_the_experiments_do_not_count():
     assert diff.not_comparable(record(data_official=False, test_images=4), config) == "4 of 360 images of the test set"
     assert "unofficial data (1,437 + 360 images)" in diff.not_comparable(record(data_official=False), config)
     own = record(data_official=False, data="folder:x", train_images=9, test_images=4)
-    assert "unofficial data (9 + 4 images)" in diff.not_comparable(own, config)
-    assert diff.not_comparable(record(data="celeba", train_images=182_637, test_images=19_962, data_digest="f" * 16), config) is None
+    assert "unofficial data (9 + 4 images)" in diff.other_data(own)
+    lying = record() | {"config": record()["config"] | {"learning_rate": 0.1}}  # under the hash of the committed one
+    assert diff.not_comparable(lying, config) == "another config (learning_rate 0.1)"
+    assert diff.other_data(record(data="celeba", train_images=182_637, test_images=19_962, data_digest="f" * 16)) is None
+    assert diff.not_comparable(record(data="celeba"), config) == "other data (celeba, where the config has digits)"
     assert "other data" in diff.not_comparable(record(data_digest="0" * 16), config)
     other = run.experiment_config("segma", "digits", {"learning_rate": 0.1})
     changed = record() | {"config": record()["config"] | {"learning_rate": 0.1}, "config_hash": run.config_hash(other)}
@@ -283,7 +286,7 @@ def test_verdicts_on_claims(ours, against, wanted, kind, expected):
 def test_what_a_config_leaves_to_the_data_and_a_folder_s_place_are_no_other_config():
     config = run.experiment_config("gmgan", "signs-all")
     given = {**asdict(config), "dataset": "signs:/somewhere/else", "n_classes": 43}
-    made = record(epochs=config.epochs) | {"config": given, "config_hash": "of these"}
+    made = record(epochs=config.epochs, data="signs:/somewhere/else") | {"config": given, "config_hash": "of these"}
     assert diff.unfinished(made, config) is None
     assert diff.unfinished(made | {"config": {**given, "width": 32}}, config) == "another config (width 32)"
     assert "dataset" in diff.unfinished(made | {"config": {**given, "dataset": "folder:x"}}, config)

@@ -257,13 +257,14 @@ def test_a_step_takes_all_gradients_before_it_moves_anything():
             torch.testing.assert_close(new.detach(), old - 0.1 * gradient)
 
 
-def test_the_baselines_steps_by_the_plain_formulas():
+@pytest.mark.parametrize("saturating", [False, True])
+def test_the_baselines_steps_by_the_plain_formulas(saturating):
     for prior in ("normal", "mixture"):
 
         class Config(gan.Config):
             shape = (1, 8, 8)
 
-        config = Config(n_components=3, latent_dim=4, prior=prior)
+        config = Config(n_components=3, latent_dim=4, prior=prior, saturating=saturating)
         torch.manual_seed(3)
         networks = {name: network.double() for name, network in gan.build(config).items()}
         noise = run.generator(5)
@@ -276,7 +277,7 @@ def test_the_baselines_steps_by_the_plain_formulas():
         on_fake = networks["discriminator"](networks["encoder"](networks["generator"](z))).sigmoid()
         on_real = networks["discriminator"](networks["encoder"](given.real)).sigmoid()
         d_loss = F.binary_cross_entropy(on_real, torch.ones_like(on_real)) + F.binary_cross_entropy(on_fake, torch.zeros_like(on_fake))
-        g_loss = F.binary_cross_entropy(on_fake, torch.ones_like(on_fake))
+        g_loss = (1 - on_fake).log().mean() if saturating else F.binary_cross_entropy(on_fake, torch.ones_like(on_fake))
         mine = gan.players(networks)
         expected = {"discriminator": torch.autograd.grad(d_loss, mine["discriminator"], retain_graph=True)}
         expected["generator"] = torch.autograd.grad(g_loss, mine["generator"])
@@ -289,6 +290,49 @@ def test_the_baselines_steps_by_the_plain_formulas():
                 torch.testing.assert_close(new.detach(), old - 0.1 * gradient)
 
 
+@pytest.mark.parametrize("switches", [{}, {"classifier": "standalone"}, {"microbatch": 2}, {"information_moves": "all"}], ids=str)
+def test_bf16_gives_nearly_the_same_gradients(switches):
+    config = small(**switches)
+    networks = {name: network.float() for name, network in built(config).items()}
+    found = [train.gradients(networks, train.Batch(batch().real.float(), run.generator(5)), config, p)[0] for p in ("fp32", "bf16")]
+    for player in found[0]:
+        exact, rough = (torch.cat([g.flatten() for g in given[player]]) for given in found)
+        assert exact.dtype == rough.dtype == torch.float32 and not torch.equal(exact, rough)
+        assert F.cosine_similarity(exact, rough, dim=0) > 0.99
+
+
+def backward_operations(config) -> int:
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    class Counter(TorchDispatchMode):  # PyTorch's own follows modules as well, which autograd.grad to leaves does not allow
+        total = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if count_one := flop_registry.get(function._overloadpacket):
+                self.total += count_one(*args, **(kwargs or {}), out_val=out)
+            return out
+
+    networks = built(config)
+    with Counter() as counter:
+        train.gradients(networks, batch(), config)
+    return counter.total
+
+
+def test_nothing_is_computed_and_thrown_away():
+    whole = backward_operations(small())
+    assert backward_operations(small(microbatch=1)) == whole  # the real images go through once, not once a part
+    assert backward_operations(small(information_moves="all")) > 1.02 * whole  # the information's way back to the fakes
+    about = train.operations(small(epochs=1), train, 4)
+    assert whole == pytest.approx(about, rel=0.06)
+
+
+def test_the_cost_of_the_published_runs():
+    for name, n, cost in (("mnist", 60_000, 7e16), ("flowers10", 100, 3e16)):
+        assert train.operations(run.experiment_config("gan_responsibility", name), train, n) == pytest.approx(cost, rel=0.03)
+
+
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -296,9 +340,96 @@ def test_accuracy_and_weights_of_perfect_responsibilities():
     labels = torch.tensor([0, 0, 0, 1, 2, 2])
     alpha = F.one_hot((labels + 1) % 3, 3).float()  # right, but for the names of the Gaussians
     assert train.clustering(alpha, labels, 3) == {"nmi": pytest.approx(1), "accuracy": 1}
-    assert evaluation.weight_error(alpha, labels) == pytest.approx(0)
-    assert evaluation.weight_error(torch.full((6, 3), 1 / 3), labels) == pytest.approx(0.5 * (1 / 6 + 1 / 6), abs=1e-6)
-    assert "accuracy" not in train.clustering(torch.rand(6, 4), labels, 3)  # ACC permutes as many Gaussians as classes
+    found = evaluation.mode_weights_against_classes(alpha, labels)
+    assert max(found["weight_error"], found["weight_error_hard"]) < 1e-7 and found["weight_error_uniform"] == pytest.approx(1 / 6)
+    for what in ("weight", "frequency"):
+        assert [found[f"{what}_of_{k}"] for k in range(3)] == pytest.approx([1 / 3, 1 / 2, 1 / 6])
+    nothing = evaluation.mode_weights_against_classes(torch.full((6, 3), 1 / 3), labels)
+    assert [nothing[f"weight_error{s}"] for s in ("", "_uniform")] == pytest.approx([1 / 6, 1 / 6], abs=1e-6)
+    leaning = alpha * 0.4 + 0.2  # argmax is right, the means are not
+    found = evaluation.mode_weights_against_classes(leaning, labels)
+    assert found["weight_error_hard"] == pytest.approx(0) and found["weight_error"] == pytest.approx(0.6 / 6, abs=1e-6)
+
+
+def test_what_c_learned_pairs_images_with_their_own_labels(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.cat([torch.arange(10), torch.randint(10, (20,), generator=g)])
+    images = (20 * labels).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+    data = Dataset("digits", images, labels, images.flip(0), labels.flip(0), tuple("0123456789"), "0" * 16, True)
+    monkeypatch.setattr(evaluation.Trained, "responsibilities", lambda self, x: F.one_hot(x[:, 0, 0, 0].long() // 20, 10).float())
+    found = evaluation.what_c_learned(evaluation.Trained(run.experiment_config("gan_responsibility", "digits"), train, {}, {}), data)
+    assert found["accuracy"] == found["accuracy_train"] == 1 and found["weight_error"] == pytest.approx(0)
+    assert found["alpha_entropy"] == 0 and 0.8 < found["alpha_information"] <= 1
+
+
+def test_information_share():
+    assert model.information_share(torch.tensor([[0.5, 0.5, 0.0]]).expand(7, 3)).item() == pytest.approx(0, abs=1e-7)
+    assert model.information_share(torch.full((4, 5), 0.2)).item() == pytest.approx(0, abs=1e-6)
+    assert model.information_share(torch.eye(5)).item() == pytest.approx(1)
+    mixed = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]])  # which half: one bit of two
+    assert model.information_share(mixed).item() == pytest.approx(0.5)
+
+
+def test_the_way_from_one_gaussian_to_the_next():
+    weights = evaluation.from_one_to_the_next(3).view(3, evaluation.STEPS, 3)
+    assert torch.equal(weights[:, 0], torch.eye(3)) and torch.equal(weights[:, -1], torch.eye(3).roll(-1, 0))
+    torch.testing.assert_close(weights[1, 4], torch.tensor([0, 0.5, 0.5]))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, evaluation.STEPS))
+
+
+def test_the_same_noise_is_the_same():
+    config = run.experiment_config("gan_responsibility", "digits", {"n_components": 2, "latent_dim": 3})
+    networks = {name: network.eval() for name, network in train.build(config).items()}
+    trained = evaluation.Trained(config, train, networks, {})
+    same = trained.sample(torch.eye(2)[[0, 0, 1]], same_noise=True)
+    torch.testing.assert_close(same[0], same[1])
+    assert (same[0] - same[2]).abs().max() > 1e-4
+    other = trained.sample(torch.eye(2)[[0, 0]])
+    assert (other[0] - other[1]).abs().max() > 1e-4 and 0 <= other.min() and other.max() <= 1
+
+
+def test_the_whole_mixture_is_sampled_by_the_mean_responsibilities(monkeypatch):
+    config = run.experiment_config("gan_responsibility", "digits", {"n_components": 3, "latent_dim": 2})
+    alpha = torch.tensor([[0.9, 0.1, 0.0], [0.5, 0.1, 0.4]])
+    monkeypatch.setattr(train, "all_responsibilities", lambda *_: alpha)
+    weights = train.mode_weights(train, {}, config, None)
+    torch.testing.assert_close(weights, torch.tensor([0.7, 0.1, 0.2]))
+    asked = []
+    monkeypatch.setattr(train, "sampled", lambda s, n, c, w, noise: asked.append(w) or torch.zeros(len(w), 1, 28, 28))
+    made = train.drawn_from(train, {}, config, weights, 5000, 0)
+    torch.testing.assert_close(asked[0].mean(0), weights, atol=0.03, rtol=0)
+    assert made.dtype == torch.uint8 and set(made.unique().tolist()) == {128}
+    assert train.as_input(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+
+
+def test_the_layers_between():
+    """What shapes do not show: activations and their slope, the range of G, the initial weights, the optimisers."""
+    networks = train.build(run.experiment_config("gan_responsibility", "digits"))
+    assert {m.negative_slope for network in networks.values() for m in network.modules() if isinstance(m, torch.nn.LeakyReLU)} == {0.3}
+    made = networks["generator"](50 * torch.randn(8, 100))
+    assert made.min() >= -1 and made.max() <= 1 and isinstance(networks["generator"][-1], torch.nn.Tanh)
+    for network in networks.values():
+        for m in network.modules():
+            if isinstance(m, torch.nn.Linear | torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+                fan_in, fan_out = torch.nn.init._calculate_fan_in_and_fan_out(m.weight)
+                bound = math.sqrt(6 / (fan_in + fan_out))  # Glorot's uniform
+                assert 0.9 * bound < m.weight.abs().max() <= bound + 1e-6
+                assert m.bias is None or m.bias.abs().max() == 0
+
+
+def test_the_optimisers_and_the_collapse_in_a_run(tiny, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def step(networks, optimizers, *_):
+        seen.append({name: (o.param_groups[0]["lr"], o.param_groups[0]["betas"]) for name, o in optimizers.items()})
+        values = {"d_loss": 1.0, "alpha_entropy": 1.0, "alpha_information": 0.0, "largest_weight": 0.1}
+        return {name: torch.tensor(value) for name, value in values.items()}
+
+    monkeypatch.setattr(train, "train_step", step)
+    config = run.experiment_config("gan_responsibility", "digits", {"epochs": 1, "batch": 2, "learning_rate": 0.003, "beta1": 0.25})
+    train.train(config, run.Options("digits", runs=tmp_path, device="cpu"))
+    assert seen[0] == {player: (0.003, (0.25, 0.999)) for player in ("discriminator", "generator", "classifier")}
+    assert "epoch 1: α is still the same for every image" in capsys.readouterr().out
 
 
 def test_the_triangle_has_its_three_gaussians_at_its_corners():
@@ -319,13 +450,16 @@ def test_inception_score_against_torch_fidelity():
 
 
 def test_a_collapse_is_said(capsys):
-    train.say_if_collapsed({"epoch": 3, "alpha_entropy": 0.5, "largest_weight": 0.4}, 10)
-    assert capsys.readouterr().out == ""
-    train.say_if_collapsed({"epoch": 3, "alpha_entropy": 0.999, "largest_weight": 0.1}, 10)
-    assert "epoch 3: α has collapsed: uniform for every image" in capsys.readouterr().out
-    train.say_if_collapsed({"epoch": 4, "alpha_entropy": 0.0, "largest_weight": 0.995}, 10)
-    assert "epoch 4: α has collapsed: 99.5 % of its mass on one Gaussian" in capsys.readouterr().out
-    train.say_if_collapsed({"epoch": 4, "d_loss": 1.0}, 10)  # a baseline has none
+    def said(*rows: tuple[float, float]) -> str:
+        named = [{"epoch": i + 1, "alpha_entropy": 0.5, "alpha_information": a, "largest_weight": b} for i, (a, b) in enumerate(rows)]
+        train.say_if_collapsed(named, 10)
+        return capsys.readouterr().out
+
+    assert said((0.3, 0.4)) == ""
+    assert "epoch 2: α is still the same for every image" in said((0.001, 0.1), (0.002, 0.5))
+    assert "epoch 3: α is the same again for every image" in said((0.001, 0.1), (0.2, 0.1), (0.002, 0.5))
+    assert "epoch 1: α has collapsed: 99.5 % of its mass on one Gaussian" in said((0.0, 0.995))
+    train.say_if_collapsed([{"epoch": 4, "d_loss": 1.0}], 10)  # a baseline has none
     assert capsys.readouterr().out == ""
 
 
@@ -334,7 +468,7 @@ def test_a_collapse_is_said(capsys):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Small networks, and a few images under every data set's name."""
+    """A few images under every data set's name, and no Inception weights."""
 
     def make(name: str, *_) -> Dataset:
         g = torch.Generator().manual_seed(0)  # the same images each time
@@ -344,6 +478,7 @@ def tiny(monkeypatch):
 
     monkeypatch.setattr(train, "load", make)
     monkeypatch.setattr(evaluation, "load", make)
+    monkeypatch.setattr(scores, "load", make)
     monkeypatch.setattr(scores.inception, "find_weights", lambda _: (None, "none in this test"))
 
 
@@ -361,25 +496,52 @@ def test_two_steps_of_every_experiment_and_its_evaluation(experiment, tiny, tmp_
     assert ("accuracy" in result["metrics"]) == ("weight_error" in result["metrics"]) == (not baseline)
     assert pictures == {"training", "samples"} | ({"interpolations", "triangle"} if experiment != "flowers10-gan" else set())
     row = torch.load(folder / "checkpoint.pt", weights_only=True)["rows"][0]
-    assert baseline or {"alpha_entropy", "largest_weight", "accuracy", "nmi"} <= row.keys()
+    assert baseline or {"alpha_entropy", "alpha_information", "largest_weight", "accuracy", "nmi"} <= row.keys()
 
 
-def test_table_6_with_weights(tiny, tmp_path, monkeypatch):
+def test_table_6_with_weights(tiny, tmp_path, monkeypatch, capsys):
     """The scores while training and after it, with a stand-in for the Inception network."""
     g = torch.Generator().manual_seed(0)
     monkeypatch.setattr(scores, "SAMPLES", 40)
-    monkeypatch.setattr(scores.inception, "find_weights", lambda _: (tmp_path, ""))
-    monkeypatch.setattr(scores.inception, "extractor", lambda path, device, layer="2048": layer)
-    projection = torch.randn(3 * 64 * 64, 6, generator=g)
-    monkeypatch.setattr(scores.inception, "features", lambda layer, images: images.flatten(1).float() @ projection / 255)
+    monkeypatch.setattr(train, "SAMPLES", 40)
+    named = []
+    monkeypatch.setattr(scores.inception, "find_weights", lambda path: (named.append(path) or tmp_path, ""))
+    monkeypatch.setattr(scores.inception, "extractor", lambda *_: "network")
+    projection, looked_at = torch.randn(3 * 64 * 64, 6, generator=g), []
+
+    def outputs(network, images):
+        looked_at.append(images)
+        found = images.flatten(1).float() @ projection / 255
+        return found, found
+
+    monkeypatch.setattr(scores.inception, "outputs", outputs)
+    monkeypatch.setattr(scores.inception, "features", lambda network, images: outputs(network, images)[0])
+    whole = torch.randint(0, 256, (14, 3, 64, 64), dtype=torch.uint8, generator=g)
+    few = scores.load("flowers10_all")
+    monkeypatch.setattr(scores, "load", lambda name, *_: dataclasses.replace(few, train_images=whole, train_labels=torch.arange(14) % 10))
     config = run.experiment_config("gan_responsibility", "flowers10", {"epochs": 2, "batch": 4, "latent_dim": 5, "score_every": 1})
-    options = run.Options("flowers10", runs=tmp_path, device="cpu", unofficial_data=True)
+    options = run.Options("flowers10", runs=tmp_path, device="cpu", unofficial_data=True, inception=tmp_path / "weights.pth")
     folder = train.train(config, options)
+    assert named == [tmp_path / "weights.pth"]
+    assert "and 9.1e+11 for their scores" in capsys.readouterr().out  # 2 · 40 · 1.14e10
     rows = torch.load(folder / "checkpoint.pt", weights_only=True)["rows"]
-    metrics = evaluation.evaluate(options)["metrics"]
+    result = evaluation.evaluate(options)
+    metrics, best = result["metrics"], max(rows, key=lambda row: row["inception_score"])
+    assert result["provenance"]["inception"] == scores.JUDGE
     assert metrics["fid_best"] == min(row["fid"] for row in rows) and metrics["fid"] == pytest.approx(rows[-1]["fid"], rel=1e-4)
-    assert metrics["inception_score_best"] == max(row["inception_score"] for row in rows)
-    assert {"fid_all", "fid_halves", "inception_score_deviation"} <= metrics.keys()
+    assert metrics["inception_score_best"] == best["inception_score"]
+    assert metrics["inception_score_best_deviation"] == best["inception_score_deviation"]
+    assert sorted(len(images) for images in looked_at) == [4, 4, 14, 14, 40, 40, 40]  # training and all are cached but for the halves
+
+    def distance(a, b):
+        return scores.frechet_distance(*(scores.moments(images.flatten(1).float() @ projection / 255) for images in (a, b)))
+
+    made = next(images for images in looked_at[::-1] if len(images) == 40)
+    assert metrics["fid_all"] == pytest.approx(distance(made, whole), rel=1e-4)
+    assert metrics["fid"] == pytest.approx(distance(made, few.train_images), rel=1e-4)
+    assert metrics["fid_real"] == pytest.approx(distance(few.train_images, few.test_images), abs=1e-3)
+    halves = whole[torch.randperm(14, generator=run.generator(0, "halves"))]
+    assert metrics["fid_halves"] == pytest.approx(distance(halves[:7], halves[7:]), rel=1e-4) and metrics["fid_halves"] > 0
 
 
 def test_microbatch_is_refused_where_it_would_change_the_arithmetic(tmp_path, capsys):
@@ -394,6 +556,7 @@ def test_microbatch_is_refused_where_it_would_change_the_arithmetic(tmp_path, ca
         (["digits", "--batch", "1"], "out of range; allowed: >= 2"),
         (["digits", "--batch", "2000"], "is more than the 1437 training images"),
         (["digits", "--n-components", "0"], "out of range"),
+        (["digits", "--n-components", "1"], "out of range; allowed: >= 2"),
         (["digits", "--target", "beta"], "not one of alpha, component"),
         (["digits", "--dataset", "svhn"], "is not one of"),
         (["flowers10-gan", "--target", "alpha"], "flowers10-gan has no such value"),
@@ -414,6 +577,15 @@ def test_a_run_that_was_cut_in_two_ends_with_the_same_bits(tiny, tmp_path):
     for name, tensors in first["networks"].items():
         for key, value in tensors.items():
             assert torch.equal(value, second["networks"][name][key]), f"{name}.{key}"
+
+
+def test_microbatch_may_change_from_one_session_to_the_next(tiny, tmp_path):
+    config = run.experiment_config("gan_responsibility", "digits", {"epochs": 1, "batch": 4, "latent_dim": 4})
+    options = run.Options("digits", runs=tmp_path, device="cpu")
+    train.train(config, options)
+    more = dataclasses.replace(config, epochs=2, microbatch=2)
+    train.train(more, options)
+    assert run.config_hash(config) == run.config_hash(more)
 
 
 def test_the_command_line(tmp_path):

@@ -669,7 +669,7 @@ def test_the_inception_score_of_a_run(fixtures, tmp_path, monkeypatch):
     trained = gmgan_eval.load_run(train.train(config, options))
     with torch.no_grad():  # else one step leaves all images alike
         trained.networks["generator"][-2].weight.mul_(300)
-    found, judge = gmgan_eval.inception_score(trained, make("cifar10"), options, None)
+    found, judge = gmgan_eval.inception_score(trained, make("cifar10"), options)
     assert found == {"inception_score": 1.0, "inception_score_at_0.5": 1.0, "inception_score_at_1.0": 1.0} and "2015-12-05" in judge
     assert torch.equal(seen[2], trained.mixture(20, 1.0)[0]) and torch.equal(seen[1], trained.mixture(20, 0.5)[0])
     assert len(seen[0]) == 30 and not torch.equal(seen[1], seen[2])
