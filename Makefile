@@ -25,7 +25,7 @@ READY := .venv/ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint diff results pending clean $(TARGETS)
+.PHONY: help setup test torture lint diff results pending clean $(TARGETS)
 
 help:
 	@echo "Train, evaluate and diff (what it takes: SEEDS=\"0 1 2\" DATA=folder DEVICE=cpu|cuda EPOCHS=n PRECISION=fp32|bf16 RUNS=folder THREADS=n INCEPTION=file UNOFFICIAL=1 DATASET=folder:path FLAGS=\"--any-field value\"):"
@@ -34,6 +34,7 @@ help:
 	@printf '  make %-28s %s\n' \
 	  setup "make .venv (PYTHON=… uses an environment of your own instead)" \
 	  test "set up, run the tests" \
+	  torture "faults by the thousand: kills, damaged files, full disks (under 30 minutes)" \
 	  lint "ruff" \
 	  diff "published vs reference vs yours, every number" \
 	  results "collect complete runs into the results that the READMEs show" \
@@ -62,6 +63,9 @@ $(TARGETS): $(READY)
 
 test: $(READY)
 	@DATA="$(DATA)" "$(PYTHON)" -m pytest
+
+torture: $(READY)
+	@"$(PYTHON)" -m tests.torture
 
 lint: $(READY)
 	@"$(PYTHON)" -m ruff check .

@@ -693,10 +693,15 @@ class Run:
             raise Stopped(code, f"{name}: saved after epoch {self.epoch}, step {self.step}; the same command goes on from here")
 
     def _check_finite(self) -> None:
-        first_bad = int(self.first_bad)
-        if first_bad >= 0:
-            kept = "the last good checkpoint is kept" if self.path.exists() else "nothing was saved"
-            raise RunFailed(f"{self.folder}: a loss or gradient was not finite, first at step {first_bad} (epoch {self.epoch + 1}); {kept}")
+        step, what = int(self.first_bad), "a loss or gradient was"
+        if step < 0:  # weights are read here alone: that is as much memory traffic as a small step
+            values = {name: network.state_dict().values() for name, network in self.networks.items()}
+            bad = [name for name, tensors in values.items() if not all(v.isfinite().all() for v in tensors if v.is_floating_point())]
+            if not bad:
+                return
+            step, what = self.total_steps, f"weights of {', '.join(bad)} are"
+        kept = "the last good checkpoint is kept" if self.path.exists() else "nothing was saved"
+        raise RunFailed(f"{self.folder}: {what} not finite, first at step {step} (epoch {self.epoch + 1}); {kept}")
 
     def _write_log(self) -> None:
         path = self.folder / "log.csv"

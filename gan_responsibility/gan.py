@@ -75,8 +75,7 @@ def train_step(
     mine = players(networks)
     found = {"discriminator": torch.autograd.grad(d_loss, mine["discriminator"], retain_graph=True)}
     found["generator"] = torch.autograd.grad(g_loss, mine["generator"])
-    move(optimizers, mine, found)
-    return {"d_loss": d_loss, "g_loss": g_loss}
+    return {"d_loss": d_loss, "g_loss": g_loss} | move(optimizers, mine, found)
 
 
 def generate(networks: dict[str, nn.Module], noise: Tensor, weights: Tensor) -> Tensor:

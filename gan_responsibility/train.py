@@ -159,16 +159,18 @@ def train_step(
     batch. An information near 0 or a weight near 1: α says nothing.
     """
     found, terms = gradients(networks, batch, config, precision)
-    move(optimizers, players(networks), found)  # lines 11 to 13
-    return terms
+    return terms | move(optimizers, players(networks), found)  # lines 11 to 13
 
 
-def move(optimizers: dict[str, torch.optim.Optimizer], mine: dict[str, list[nn.Parameter]], found: dict[str, Sequence[Tensor]]) -> None:
-    """A step of every player down its gradients."""
+def move(
+    optimizers: dict[str, torch.optim.Optimizer], mine: dict[str, list[nn.Parameter]], found: dict[str, Sequence[Tensor]]
+) -> dict[str, Tensor]:
+    """A step of every player down its gradients, whose norms are returned."""
     for player, optimizer in optimizers.items():
         for p, gradient in zip(mine[player], found[player], strict=True):
             p.grad = gradient
         optimizer.step()
+    return {f"{player}_grad": nn.utils.get_total_norm(found[player]) for player in optimizers}
 
 
 def gradients(

@@ -67,14 +67,15 @@ def train_step(
         on_real, on_fake = networks["discriminator"](batch.real), networks["discriminator"](fake)
     on_source = source_loss(on_real, True) + source_loss(on_fake, False)
     d_loss = (on_source + class_loss(on_real, batch.labels) + class_loss(on_fake, classes)) / 2
-    descend(d_loss, optimizers["discriminator"])
+    d_grad = descend(d_loss, optimizers["discriminator"])
 
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         fake, classes = sample(networks, config, config.batch_fake, batch.noise)
         logits = networks["discriminator"](fake)
     g_loss = source_loss(logits, True) + class_loss(logits, classes)  # the first non-saturating, as in eq. (2) of GM-GAN
-    descend(g_loss, optimizers["generator"])
-    return {"d_loss": d_loss, "g_loss": g_loss, "real": on_real[:, 0].sigmoid().mean(), "fake": on_fake[:, 0].sigmoid().mean()}
+    g_grad = descend(g_loss, optimizers["generator"])
+    shown = {"real": on_real[:, 0].sigmoid().mean(), "fake": on_fake[:, 0].sigmoid().mean()}
+    return {"d_loss": d_loss, "g_loss": g_loss, **shown, "d_grad": d_grad, "g_grad": g_grad}
 
 
 def sample(networks: dict[str, nn.Module], config: Config, n: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from common.data import Dataset
 from gmgan.cluster import scores as clustering_scores
-from gmgan.train import Batch, Task, as_input
+from gmgan.train import Batch, Task, as_input, descend
 
 __all__ = ["PLAYERS", "Config", "build", "examples", "train_step"]  # what every system brings
 
@@ -61,10 +61,7 @@ def train_step(
     with torch.autocast(batch.real.device.type, torch.bfloat16, enabled=precision == "bf16"):
         decoded = networks["decoder"](networks["encoder"](batch.real))
     loss = F.mse_loss(decoded.float(), batch.real)
-    optimizers["autoencoder"].zero_grad()
-    loss.backward()
-    optimizers["autoencoder"].step()
-    return {"mse": loss}
+    return {"mse": loss, "grad": descend(loss, optimizers["autoencoder"])}
 
 
 @torch.no_grad()

@@ -156,7 +156,7 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One iteration of Algorithm 1, lines 5-27: a step of D, then one of G (and of a dynamic mixture). Returns losses, on the device.
 
-    real, fake: the mean probability that D's first output gives to the real and to the generated ones.
+    real, fake: the mean probability that D's first output gives to the real and to the generated ones; d_grad, g_grad: gradients' norms.
     """
     device = batch.real.device
     targets = of_gaussian = None
@@ -169,14 +169,15 @@ def train_step(
             fake, _ = sample(networks, config, len(batch.real), batch.noise)  # lines 7-9
         on_real, on_fake = networks["discriminator"](batch.real), networks["discriminator"](fake)
     d_loss = discriminator_loss(on_real, on_fake, targets)  # lines 10-16
-    descend(d_loss, optimizers["discriminator"])  # line 17
+    d_grad = descend(d_loss, optimizers["discriminator"])  # line 17
 
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         fake, components = sample(networks, config, config.batch_fake, batch.noise)  # lines 19-21
         logits = networks["discriminator"](fake)
     g_loss = generator_loss(logits, of_gaussian[components] if config.supervised else None)  # lines 22-26
-    descend(g_loss, optimizers["generator"])  # line 27
-    return {"d_loss": d_loss, "g_loss": g_loss, "real": on_real[:, 0].sigmoid().mean(), "fake": on_fake[:, 0].sigmoid().mean()}
+    g_grad = descend(g_loss, optimizers["generator"])  # line 27
+    shown = {"real": on_real[:, 0].sigmoid().mean(), "fake": on_fake[:, 0].sigmoid().mean()}
+    return {"d_loss": d_loss, "g_loss": g_loss, **shown, "d_grad": d_grad, "g_grad": g_grad}
 
 
 def sample(networks: dict[str, nn.Module], config: Config, n: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -194,12 +195,16 @@ def generate(networks: dict[str, nn.Module], epsilon: Tensor, components: Tensor
     return networks["generator"](networks["mixture"](epsilon, components, multiplier))
 
 
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One step of the optimiser down `loss`, on its own parameters: the other network's are not touched, nor their gradients computed."""
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """One step of the optimiser down `loss`, on its own parameters: the other network's are not touched, nor their gradients computed.
+
+    Returns the gradient's norm, a scalar.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         p.grad = gradient
     optimizer.step()
+    return nn.utils.get_total_norm([p.grad for p in parameters])
 
 
 # --------------------------------------------------------------------------------------------------------------- the loop

@@ -17,28 +17,13 @@ from common import diff, run
 from segma import eval as segma_eval
 from segma import train as segma_train
 from tests.conftest import ROOT, TINY, call, command, run_command
+from tests.torture import assert_same
 
 RUN = ["segma.train", "digits", *TINY]
 
 
 def checkpoint(runs, experiment="digits", seed=0) -> dict:
     return torch.load(runs / f"segma/{experiment}/seed{seed}/checkpoint.pt", weights_only=True)
-
-
-def assert_same(a, b, path="") -> None:
-    """Equal bit for bit, wall-clock values aside."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a.keys() - {"seconds", "epoch_seconds", "sessions"}:
-            assert_same(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{path}/{i}")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b, path
 
 
 def log_without_clock(runs) -> list[str]:
@@ -256,7 +241,7 @@ def test_make_alone_lists_every_target():
     out = make().stdout
     for path in ROOT.glob("*/configs/*.yaml"):
         assert f"make {path.parent.parent.name}-{path.stem} " in out
-    for target in ("setup", "test", "diff", "results", "pending", "clean"):
+    for target in ("setup", "test", "torture", "diff", "results", "pending", "clean"):
         assert f"make {target} " in out
 
 

@@ -446,14 +446,14 @@ def test_fids_are_taken_against_train_and_test(monkeypatch, tmp_path, trained):
     monkeypatch.setattr("segma.eval.FID_SAMPLES", 1000)
     segma, data = load_run(trained / "segma/digits/seed3"), load("digits", "")
     options = run.Options("digits", seed=3, runs=tmp_path)
-    scores, name = tables_i_and_iii(segma, data, segma.encode(data.test_images), options, None)
+    scores, name = tables_i_and_iii(segma, data, segma.encode(data.test_images), options)
     names = {"fid", "fid_test", "fid_interpolation", "fid_interpolation_test", "fid_classifier", "fid_classifier_interpolation"}
     assert set(scores) == {*names, "classifier_accuracy", "samples_of_their_class"} and "Inception" in name["inception"]
     assert calls == [1437, 360, 1000, 1000]
     made = to_bytes(segma.decode(segma.draw(1000, run.generator(3, "fid"))[0]))
     expected = frechet_distance(moments(features(None, made)), moments(features(None, data.train_images)))
     assert scores["fid"] == pytest.approx(expected, rel=1e-6)
-    again, _ = tables_i_and_iii(segma, data, segma.encode(data.test_images), options, None)
+    again, _ = tables_i_and_iii(segma, data, segma.encode(data.test_images), options)
     assert again == scores and calls[6:] == [1000, 1000]  # the real images' moments came from the cache
 
 
@@ -465,7 +465,7 @@ def test_without_weights_fid_is_left_out_aloud(monkeypatch, capsys, data_root, t
     segma = load_run(trained / "segma/digits/seed3")
     monkeypatch.setattr("segma.eval.FID_SAMPLES", 500)
     monkeypatch.setattr("common.classifier.trained", lambda data, cache, device: (classifier.network((1, 28, 28), 10).eval(), 10.0))
-    scores, extractor = tables_i_and_iii(segma, load("mnist", data_root), torch.zeros(1000, 10), run.Options("digits", runs=tmp_path), None)
+    scores, extractor = tables_i_and_iii(segma, load("mnist", data_root), torch.zeros(1000, 10), run.Options("digits", runs=tmp_path))
     assert extractor["inception"] is None and len(extractor["classifier"]) == 12 and not {"fid", "fid_interpolation"} & set(scores)
     assert "FID left out: the Inception weights are not here" in capsys.readouterr().out
 
