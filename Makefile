@@ -35,6 +35,7 @@ help:
 	  setup "make .venv (PYTHON=… uses an environment of your own instead)" \
 	  test "set up, run the tests" \
 	  torture "faults by the thousand: kills, damaged files, full disks (under 30 minutes)" \
+	  bench "milliseconds of a step and its share of the machine's ceiling, fp32 and bf16; bench-<paper>-<experiment> for one" \
 	  lint "ruff" \
 	  diff "published vs reference vs yours, every number" \
 	  results "collect complete runs into the results that the READMEs show" \
@@ -66,6 +67,14 @@ test: $(READY)
 
 torture: $(READY)
 	@"$(PYTHON)" -m tests.torture
+
+BENCHES := $(addprefix bench-,$(TARGETS))
+.PHONY: bench $(BENCHES)
+bench: $(READY)
+	@for config in */configs/mnist.yaml; do "$(PYTHON)" -m common.bench $${config%%/*} mnist --device $(DEVICE) --threads $(THREADS) $(FLAGS); done
+
+$(BENCHES): $(READY)
+	@one=$(patsubst bench-%,%,$@); "$(PYTHON)" -m common.bench $${one%%-*} $${one#*-} --device $(DEVICE) --threads $(THREADS) $(FLAGS)
 
 lint: $(READY)
 	@"$(PYTHON)" -m ruff check .

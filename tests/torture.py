@@ -30,6 +30,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from common import classifier, data, diff, run
 from tests import test_common_data as formats
@@ -239,6 +240,10 @@ def kills(place: Path, rng: random.Random, n: dict[str, int]) -> Iterator[Accoun
                 told = child.code in (0, 130 if number == signal.SIGINT else 143) and "Traceback" not in child.err
                 early = child.code == -signal.SIGTERM and "resuming" not in child.out  # while it was starting
                 account.check(told or early, f"{number.name}: code {child.code}: {child.err[-300:]}")
+                if child.code in (130, 143) and told:
+                    at = run.load_checkpoint(runs / where / "checkpoint.pt")
+                    said = f"saved after epoch {at['epoch']}, step {at['step']};" in child.err
+                    account.check(said, f"{number.name}: not saved where it says")
             if list((runs / where).glob(".checkpoint*.part")):
                 account.note("inside the writing of a checkpoint")
             state = run.load_checkpoint(runs / where / "checkpoint.pt")
@@ -393,8 +398,27 @@ def files(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
                 if path.is_dir():
                     path.rmdir()
                 path.write_bytes(content)
+            for path in rng.sample(victims, min(2, len(victims))):
+                account.tried += 1
+                account.refused += 1
+                shutil.rmtree(place / f"cache-{name}", ignore_errors=True)
+                path.chmod(0o000)
+                child = finish(place, "common.diff", prepare=without_rights(lambda asked=asked, root=root: data.load(asked, root, True)))
+                path.chmod(0o644)
+                told = one_line(child, 2) and path.name in child.err
+                account.check(told, f"{path.name} without rights: {child.code}: {child.err[-300:]}")
         yield account
     yield from other_files(place, rng, n)
+
+
+def without_rights(function: Callable[[], object]) -> Callable[[], None]:
+    """A `prepare` that calls this as nobody, and ends."""
+
+    def prepare() -> None:
+        nobody()
+        run.exit_with(function)
+
+    return prepare
 
 
 def no_network(*_: object, **__: object) -> None:
@@ -547,6 +571,42 @@ def disk(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
             unharmed(small / "runs", account, finish(place, *train, "--runs", small / "runs", "--epochs", 7), (1, 2))
         finally:
             subprocess.run(["umount", small], check=True)
+    yield account
+
+    account = Account("a disk that fills up: evaluation, results")
+    evaluate = ["segma.eval", "digits", "--threads", 1, "--device", "cpu", "--runs", whole]
+    assert finish(place, *evaluate, prepare=quick_judge).code == 0
+    record = whole / where / "eval.json"
+    good = json.loads(record.read_text())
+    good["provenance"]["evaluation"] = None  # when and where it was made
+    root = place / "house"
+    shutil.copytree(ROOT / "segma", root / "segma", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "README.md", root)
+
+    def house_of_mine() -> None:
+        diff.ROOT = run.ROOT = root
+
+    collect = ["common.diff", "collect", "--runs", place / "none"]
+    assert finish(place, *collect, prepare=house_of_mine).code == 0
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    for _ in range(n):
+        account.tried += 2
+        most = rng.choice([rng.randrange(5_000), rng.randrange(200_000)])
+        shutil.rmtree(whole / "cache", ignore_errors=True)
+        child = finish(place, *evaluate, prepare=lambda most=most: (quick_judge(), no_file_beyond(most)))
+        account.check(child.code == 0 or one_line(child, 1), f"eval: code {child.code}: {child.err[-300:]}")
+        account.refused += child.code != 0
+        found = json.loads(record.read_text())
+        found["provenance"]["evaluation"] = None
+        account.check(found.keys() == good.keys() and found["metrics"].keys() == good["metrics"].keys(), "eval.json is not whole")
+        for picture in (whole / where / "figures").glob("*.png"):
+            outcome(account, picture.name, lambda picture=picture: Image.open(picture).load())
+        child = finish(place, *collect, prepare=lambda most=most: (house_of_mine(), no_file_beyond(most)))
+        account.check(child.code == 0 or one_line(child, 1), f"collect: code {child.code}: {child.err[-300:]}")
+        account.refused += child.code != 0
+        for path, content in before.items():
+            account.check(path.read_bytes() == content, f"collect: {path.name} was changed")  # nothing new was to be written
+        account.check(not list(root.rglob("*.part")), "collect: a part of a file was left")
     yield account
 
     account = Account("folders of another person")
