@@ -125,6 +125,13 @@ def load(name: str, root: str | Path, unofficial: bool = False) -> Dataset:
     unofficial: read files whose digest is not the official one all the same; the result says so.
     Raises UserError where the data are missing, truncated, altered or unreadable.
     """
+    try:
+        return _load(name, root, unofficial)
+    except PermissionError as error:
+        raise UserError(f"{name}: {error.filename or root} cannot be read ({error.strerror}): look at its owner and mode") from None
+
+
+def _load(name: str, root: str | Path, unofficial: bool) -> Dataset:
     if name == "digits":
         return _digits(unofficial)
     if name in SHA256:
