@@ -494,14 +494,14 @@ def blocks() -> dict[Path, str]:
     for paper in papers():
         rows = table(paper, None)
         numbers = [row for row in rows[1:] if row[3] != "–"]
-        done = [row for row in numbers if row[4] != "–"]
-        rest = f"{len(numbers) - len(done)} more of the paper's numbers are not run yet, and what we measure beside them: `make diff`."
+        done = [row for row in numbers if not row[4].startswith(("–", "not comparable"))]
+        rest = f"{len(numbers) - len(done)} more of the paper's numbers have no comparable run yet; all, and what we measure beside: `make diff`."
         glance += [f"**[{paper}]({paper}/README.md)**", *([as_markdown([rows[0], *done])] if done else []), rest]
         order = rankings(paper)
         said = claims(paper)
-        shown = [row for row in rows if row[0] != "ours" or row[4] != "–"]
+        shown = [row for row in rows if row[0] != "ours" or not row[4].startswith(("–", "not comparable"))]
         left = len(rows) - len(shown)
-        waiting = f"{left} more numbers that we measure beside them are not run yet: `make diff`." if left else ""
+        waiting = f"{left} more numbers that we measure beside them have no comparable run yet: `make diff`." if left else ""
         tables = [as_markdown(shown), waiting, *(as_markdown(block) for block in (order, said) if block)]
         body = [*tables, reference_runs(paper), pictures(paper)]
         path = ROOT / paper / "README.md"
