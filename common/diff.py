@@ -495,7 +495,8 @@ def blocks() -> dict[Path, str]:
         rows = table(paper, None)
         numbers = [row for row in rows[1:] if row[3] != "–"]
         done = [row for row in numbers if not row[4].startswith(("–", "not comparable"))]
-        rest = f"{len(numbers) - len(done)} more of the paper's numbers have no comparable run yet; all, and what we measure beside: `make diff`."
+        left = len(numbers) - len(done)
+        rest = f"{left} more of the paper's numbers have no comparable run yet; all, and what we measure beside them: `make diff`."
         glance += [f"**[{paper}]({paper}/README.md)**", *([as_markdown([rows[0], *done])] if done else []), rest]
         order = rankings(paper)
         said = claims(paper)
