@@ -673,7 +673,7 @@ def test_the_inception_score_of_a_run(fixtures, tmp_path, monkeypatch):
     assert found == {"inception_score": 1.0, "inception_score_at_0.5": 1.0, "inception_score_at_1.0": 1.0} and "2015-12-05" in judge
     assert torch.equal(seen[2], trained.mixture(20, 1.0)[0]) and torch.equal(seen[1], trained.mixture(20, 0.5)[0])
     assert len(seen[0]) == 30 and not torch.equal(seen[1], seen[2])
-    assert gmgan_eval.inception_score(trained, make("mnist"), options, None) == ({}, None)
+    assert gmgan_eval.inception_score(trained, make("mnist"), options) == ({}, None)
 
 
 def test_a_run_that_was_cut_in_two_ends_with_the_same_bits(tmp_path):
