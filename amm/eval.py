@@ -68,10 +68,9 @@ def evaluate(options: run.Options) -> dict:
     run.check_data(folder, trained.state, data)
     s = split(trained.config, data, options.seed)
     metrics = predictions(trained, data.test_images, data.test_labels, s.priors, data.n_classes)
-    metrics |= purities(trained, data)
     if trained.config.validation:
         on_validation = predictions(trained, s.validation_images, s.validation_labels, s.priors, data.n_classes)
-        metrics |= {f"{name}_validation": value for name, value in on_validation.items()}
+        metrics |= {f"{name}_validation": value for name, value in on_validation.items() if "purity_of" not in name}
     result = run.record(options, trained.config, trained.state, metrics, device)
     run.write_json(folder / "eval.json", result)
     figures(trained, data, s, folder / "figures", options.seed)
@@ -86,7 +85,7 @@ def predictions(trained: Trained, images: Tensor, labels: Tensor, priors: Tensor
 
     AMM: errors by eq. (17), each cluster counting for its most frequent class, and (_one_to_one) with each class given to one cluster at
     most. SAMM: component k is class k. Beside them what the paper says in words: how often the two predictions agree; how pure a cluster
-    is, by G_y, on the mean and at worst; how many are noise.
+    is, by G_y, on the mean and at worst; how many are noise; and purity_of_k of each that has images.
     """
     y, z = trained.infer(images)
     k, found = trained.config.n_components, {}
@@ -99,8 +98,9 @@ def predictions(trained: Trained, images: Tensor, labels: Tensor, priors: Tensor
             found[f"error{suffix}"] = many_to_one_error(table)
             found[f"error_one_to_one{suffix}"] = one_to_one_error(table)
     table = contingency(both["_g_y"], labels, k, n_classes)
-    used = table[table.sum(1) > 0]
-    purity = used.amax(1) / used.sum(1)
+    used = table.sum(1).nonzero()[:, 0]
+    purity = table[used].amax(1) / table[used].sum(1)
+    found |= {f"purity_of_{i}": 100 * share for i, share in zip(used.tolist(), purity.tolist(), strict=True)}
     return found | {
         "agreement": 100 - error_rate(both[""], both["_g_y"]),
         "purity": 100 * purity.mean().item(),
@@ -108,12 +108,6 @@ def predictions(trained: Trained, images: Tensor, labels: Tensor, priors: Tensor
         "noise_clusters": float((purity < NOISE).sum()),
         "empty_clusters": float(k - len(used)),
     }
-
-
-def purities(trained: Trained, data: Dataset) -> dict[str, float]:
-    """Of each cluster by G_y that has test images: the share of its largest class, in percent. It tells which one is the noise cluster."""
-    table = contingency(trained.infer(data.test_images)[0].argmax(1), data.test_labels, trained.config.n_components, data.n_classes)
-    return {f"purity_of_{i}": 100 * (row.max() / row.sum()).item() for i, row in enumerate(table) if row.sum()}
 
 
 def one_to_one_error(table: Tensor) -> float:

@@ -33,7 +33,7 @@ SIDE = 4_096  # of the matrices whose product is the ceiling
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operations of what runs under it."""
+    """Counts the operations of what runs under it. PyTorch's own follows modules too, which a gradient for a leaf does not allow."""
 
     total = 0
 

@@ -668,6 +668,9 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint; then stop if asked to. Where a step was not finite the last good one stays, and RunFailed names it."""
         self._check_finite()
+        for name, network in self.networks.items():  # what no loss has shown; here alone, as it reads all weights
+            if not all(value.isfinite().all() for value in network.state_dict().values() if value.is_floating_point()):
+                self._fail(f"weights of {name} are", self.total_steps)
         self.seconds = self.seconds_before + time.monotonic() - self.started
         save_checkpoint(
             self.path,
@@ -693,13 +696,10 @@ class Run:
             raise Stopped(code, f"{name}: saved after epoch {self.epoch}, step {self.step}; the same command goes on from here")
 
     def _check_finite(self) -> None:
-        step, what = int(self.first_bad), "a loss or gradient was"
-        if step < 0:  # weights are read here alone: that is as much memory traffic as a small step
-            values = {name: network.state_dict().values() for name, network in self.networks.items()}
-            bad = [name for name, tensors in values.items() if not all(v.isfinite().all() for v in tensors if v.is_floating_point())]
-            if not bad:
-                return
-            step, what = self.total_steps, f"weights of {', '.join(bad)} are"
+        if (step := int(self.first_bad)) >= 0:
+            self._fail("a loss or gradient was", step)
+
+    def _fail(self, what: str, step: int) -> typing.NoReturn:
         kept = "the last good checkpoint is kept" if self.path.exists() else "nothing was saved"
         raise RunFailed(f"{self.folder}: {what} not finite, first at step {step} (epoch {self.epoch + 1}); {kept}")
 

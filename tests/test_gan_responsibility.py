@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from common import diff, run
+from common.bench import Counter
 from common.data import Dataset
 from gan_responsibility import eval as evaluation
 from gan_responsibility import gan, model, scores, train
@@ -302,18 +303,6 @@ def test_bf16_gives_nearly_the_same_gradients(switches):
 
 
 def backward_operations(config) -> int:
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils.flop_counter import flop_registry
-
-    class Counter(TorchDispatchMode):  # PyTorch's own follows modules as well, which autograd.grad to leaves does not allow
-        total = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if count_one := flop_registry.get(function._overloadpacket):
-                self.total += count_one(*args, **(kwargs or {}), out_val=out)
-            return out
-
     networks = built(config)
     with Counter() as counter:
         train.gradients(networks, batch(), config)

@@ -122,8 +122,8 @@ class Child:
         return (self.folder / "err").read_text(errors="replace")
 
 
-def start(place: Path, program: str, *arguments: object, prepare: Callable[[], None] = lambda: None) -> Child:
-    """`python -m program arguments`. place: a folder for its output. prepare: what the child does to itself first."""
+def fork(place: Path, function: Callable[[], object]) -> Child:
+    """This function in a process of its own, which ends as a command line would. place: a folder for its output."""
     folder = Path(tempfile.mkdtemp(dir=place))
     for name in ("out", "err"):
         (folder / name).touch()
@@ -137,9 +137,7 @@ def start(place: Path, program: str, *arguments: object, prepare: Callable[[], N
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / name, os.O_WRONLY), number)
         sys.stdin = open(os.devnull)
-        prepare()
-        main = importlib.import_module(program).main
-        run.exit_with(lambda: main([str(a) for a in arguments]))
+        run.exit_with(function)
     except SystemExit as stop:
         code = stop.code
     except BaseException:
@@ -149,6 +147,16 @@ def start(place: Path, program: str, *arguments: object, prepare: Callable[[], N
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def start(place: Path, program: str, *arguments: object, prepare: Callable[[], object] = lambda: None) -> Child:
+    """`python -m program arguments`. prepare: what the child does to itself first."""
+
+    def command() -> None:
+        prepare()
+        importlib.import_module(program).main([str(a) for a in arguments])
+
+    return fork(place, command)
 
 
 def finish(place: Path, program: str, *arguments: object, **kwargs) -> Child:
@@ -192,7 +200,7 @@ def assert_same(a: object, b: object, path: str = "") -> None:
     elif isinstance(a, torch.Tensor):
         assert torch.equal(a, b), path
     else:
-        assert a == b or (a != a and b != b), path
+        assert a == b, path
 
 
 def rows_of(log: Path) -> list[dict]:
@@ -404,24 +412,14 @@ def files(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
                 account.refused += 1
                 shutil.rmtree(place / f"cache-{name}", ignore_errors=True)
                 path.chmod(0o000)
-                read = without_rights(lambda asked=asked, root=root: print(data.load(asked, root, True).digest))
-                child = finish(place, "common.diff", prepare=read)
+                child = fork(place, lambda asked=asked, root=root: (nobody(), print(data.load(asked, root, True).digest)))
+                child.wait()
                 path.chmod(0o644)
                 told = one_line(child, 2) and "Permission denied" in child.err
                 told = told or child.code == 0 and child.out.split()[-1] == good.digest  # a file that no one looks at, or a cache
                 account.check(told, f"{path.name} without rights: {child.code}: {child.err[-300:]}")
         yield account
     yield from other_files(place, rng, n)
-
-
-def without_rights(function: Callable[[], object]) -> Callable[[], None]:
-    """A `prepare` that calls this as nobody, and ends."""
-
-    def prepare() -> None:
-        nobody()
-        run.exit_with(function)
-
-    return prepare
 
 
 def no_network(*_: object, **__: object) -> None:
@@ -477,7 +475,8 @@ def other_files(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
                     read = lambda: [diff.table("segma", None), diff.claims("segma", {}), diff.rankings("segma", {})]  # noqa: E731
                     found = outcome(account, label, read)
                     account.check(found is None or len(found[0]) > 0, f"{label}: an empty table")
-                account.note("read as what it says") if found is not None else None
+                if found is not None:
+                    account.note("read as what it says")
             path.write_bytes(content)
             account.check(outcome(Account(""), "", lambda: diff.table("segma", None)) == before, "the table is another one afterwards")
             yield account
@@ -582,34 +581,28 @@ def disk(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
     record = whole / where / "eval.json"
     good = json.loads(record.read_text())
     good["provenance"]["evaluation"] = None  # when and where it was made
-    root = place / "house"
-    shutil.copytree(ROOT / "segma", root / "segma", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "README.md", root)
-
-    def house_of_mine() -> None:
-        diff.ROOT = run.ROOT = root
-
-    collect = ["common.diff", "collect", "--runs", place / "none"]
-    assert finish(place, *collect, prepare=house_of_mine).code == 0
-    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    for _ in range(n):
-        account.tried += 2
-        most = rng.choice([rng.randrange(5_000), rng.randrange(200_000)])
-        shutil.rmtree(whole / "cache", ignore_errors=True)
-        child = finish(place, *evaluate, prepare=lambda most=most: (quick_judge(), no_file_beyond(most)))
-        account.check(child.code == 0 or one_line(child, 1), f"eval: code {child.code}: {child.err[-300:]}")
-        account.refused += child.code != 0
-        found = json.loads(record.read_text())
-        found["provenance"]["evaluation"] = None
-        account.check(found.keys() == good.keys() and found["metrics"].keys() == good["metrics"].keys(), "eval.json is not whole")
-        for picture in (whole / where / "figures").glob("*.png"):
-            outcome(account, picture.name, lambda picture=picture: Image.open(picture).load())
-        child = finish(place, *collect, prepare=lambda most=most: (house_of_mine(), no_file_beyond(most)))
-        account.check(child.code == 0 or one_line(child, 1), f"collect: code {child.code}: {child.err[-300:]}")
-        account.refused += child.code != 0
-        for path, content in before.items():
-            account.check(path.read_bytes() == content, f"collect: {path.name} was changed")  # nothing new was to be written
-        account.check(not list(root.rglob("*.part")), "collect: a part of a file was left")
+    with house(place / "house") as root:
+        collect = ["common.diff", "collect", "--runs", place / "none"]
+        assert finish(place, *collect).code == 0
+        before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for _ in range(n):
+            account.tried += 2
+            most = rng.choice([rng.randrange(5_000), rng.randrange(200_000)])
+            shutil.rmtree(whole / "cache", ignore_errors=True)
+            child = finish(place, *evaluate, prepare=lambda most=most: (quick_judge(), no_file_beyond(most)))
+            account.check(child.code == 0 or one_line(child, 1), f"eval: code {child.code}: {child.err[-300:]}")
+            account.refused += child.code != 0
+            found = json.loads(record.read_text())
+            found["provenance"]["evaluation"] = None
+            account.check(found.keys() == good.keys() and found["metrics"].keys() == good["metrics"].keys(), "eval.json is not whole")
+            for picture in (whole / where / "figures").glob("*.png"):
+                outcome(account, picture.name, lambda picture=picture: Image.open(picture).load())
+            child = finish(place, *collect, prepare=lambda most=most: no_file_beyond(most))
+            account.check(child.code == 0 or one_line(child, 1), f"collect: code {child.code}: {child.err[-300:]}")
+            account.refused += child.code != 0
+            for path, content in before.items():
+                account.check(path.read_bytes() == content, f"collect: {path.name} was changed")  # nothing new was to be written
+            account.check(not list(root.rglob("*.part")), "collect: a part of a file was left")
     yield account
 
     account = Account("folders of another person")
@@ -690,7 +683,7 @@ def two(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
             torch.set_num_threads(1)
             print(classifier.digest(classifier.trained(digits, cache, "cpu")[0]))
 
-        pair = [start(place, "common.diff", prepare=ended_by(judge)) for _ in range(2)]
+        pair = [fork(place, judge) for _ in range(2)]
         for child in pair:
             child.wait()
         account.check([c.code for c in pair] == [0, 0], f"codes {[c.code for c in pair]}: {pair[0].err[-200:]} {pair[1].err[-200:]}")
@@ -703,18 +696,17 @@ def two(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
     formats.write_celeba(root / "celeba")
     for _ in range(n):
         account.tried += 1
-        shutil.rmtree(place / "decoded", ignore_errors=True)
 
         def decode() -> None:
-            os.environ["XDG_CACHE_HOME"] = str(place / "decoded")
             print(data.load("celeba", root, unofficial=True).digest)
 
-        for cached in root.rglob("*decoded*"):
+        for cached in root.rglob("pixels-*"):
             cached.unlink()
-        pair = [start(place, "common.diff", prepare=ended_by(decode)) for _ in range(2)]
+        pair = [fork(place, decode) for _ in range(2)]
         for child in pair:
             child.wait()
         account.check([c.code for c in pair] == [0, 0], f"codes {[c.code for c in pair]}: {pair[0].err[-200:]}")
+        account.check(sum("celeba: decoding" in c.out for c in pair) == 1, "not decoded exactly once")
         account.check(pair[0].out.split()[-1:] == pair[1].out.split()[-1:] != [], "read two things")
     yield account
 
@@ -729,15 +721,6 @@ def two(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
             paper, experiment = target.split("-")
             outcome(account, target, lambda p=paper, e=experiment: diff.read_records(place / f"make/{p}/{e}/seed0/eval.json"))
         yield account
-
-
-def ended_by(function: Callable[[], None]) -> Callable[[], None]:
-    """A `prepare` after which nothing is left to do."""
-
-    def prepare() -> None:
-        run.exit_with(function)
-
-    return prepare
 
 
 # ------------------------------------------------------------------------------------------------ 5. numbers that blow up
