@@ -732,9 +732,7 @@ def provenance(state: dict) -> dict:
     }
 
 
-def trained(
-    paper: str, folder: Path, device: torch.device
-) -> tuple[typing.Any, types.ModuleType, dict[str, torch.nn.Module], dict]:
+def trained(paper: str, folder: Path, device: torch.device) -> tuple[typing.Any, types.ModuleType, dict[str, torch.nn.Module], dict]:
     """The run in `folder` as far as its last checkpoint: its config, the module that trained it, its networks, and the checkpoint.
 
     Raises UserError where there is none, or it is damaged.
@@ -770,9 +768,7 @@ def record(options: Options, config: typing.Any, state: dict, metrics: dict, dev
     }
 
 
-def evaluate_from(
-    paper: str, evaluate: Callable[[Options], dict], argv: list[str] | None, shown: Callable[[str], bool] = bool
-) -> None:
+def evaluate_from(paper: str, evaluate: Callable[[Options], dict], argv: list[str] | None, shown: Callable[[str], bool] = bool) -> None:
     """The command line of `python -m <paper>.eval`: evaluate one run and print its metrics.
 
     evaluate: gives what `record` made.  shown: which metrics to print, by name; eval.json has them all.

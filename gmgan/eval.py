@@ -90,9 +90,7 @@ def evaluate(options: run.Options) -> dict:
 # ------------------------------------------------------------------------------------------------------ scores on images
 
 
-def on_images(
-    trained: Trained, data: Dataset, options: run.Options
-) -> tuple[dict[str, float], dict[str, str | None]]:
+def on_images(trained: Trained, data: Dataset, options: run.Options) -> tuple[dict[str, float], dict[str, str | None]]:
     """Table 2, Table 3 and the curves of Figs. 2 and 7 for one run, and which networks judged."""
     network, accuracy = classifier.trained(data, options.runs / "cache", trained.device)
     reference = classifier.features(network, data.train_images).float()

@@ -138,9 +138,7 @@ def quality(trained: Trained, data: Dataset, z: Tensor) -> dict[str, float]:
     return scores
 
 
-def tables_i_and_iii(
-    trained: Trained, data: Dataset, z: Tensor, options: run.Options
-) -> tuple[dict[str, float], dict[str, str | None]]:
+def tables_i_and_iii(trained: Trained, data: Dataset, z: Tensor, options: run.Options) -> tuple[dict[str, float], dict[str, str | None]]:
     """FID of 10,000 samples of the mixture (Table I) and of 10,000 points between test images (Table III).
 
     On Inception features against the training set's statistics, and (_test) the test set's; where these cannot be computed they

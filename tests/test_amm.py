@@ -168,9 +168,7 @@ def settled(network):
 
 
 def norm(x, w, name):
-    mean, var, weight, bias = (
-        w[f"{name}.{k}"].view(-1, *[1] * (x.dim() - 2)) for k in ("running_mean", "running_var", "weight", "bias")
-    )
+    mean, var, weight, bias = (w[f"{name}.{k}"].view(-1, *[1] * (x.dim() - 2)) for k in ("running_mean", "running_var", "weight", "bias"))
     return (x - mean) / (var + 1e-5).sqrt() * weight + bias
 
 
