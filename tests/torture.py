@@ -32,7 +32,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import classifier, data, diff, run
+from common import classifier, data, diff, inception, run
 from tests import test_common_data as formats
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -460,6 +460,22 @@ def other_files(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
         account.check(found is None and not path.exists(), f"cache, {kind}: kept")
         account.note("thrown away aloud, to be made anew")
         shutil.rmtree(path.parent)
+    yield account
+
+    account = Account("files: cached Inception moments")
+    images = torch.arange(60, dtype=torch.uint8).view(10, 1, 2, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception, "features", lambda network, images: images.flatten(1).double())
+        attempt = lambda: inception.cached_moments(None, images, place / "moments", "x")  # noqa: E731
+        good = attempt()
+        (path,) = (place / "moments").glob("*.pt")
+        for _ in range(n):
+            kind, changed = damaged(path.read_bytes(), rng)
+            path.write_bytes(changed)
+            found = outcome(account, f"moments, {kind}", attempt)
+            account.check(found is not None and all(map(torch.equal, found, good)), f"moments, {kind}: other moments")
+            account.check(all(map(torch.equal, attempt(), good)), f"moments, {kind}: kept")
+            account.note("computed anew")
     yield account
 
     with house(place / "house") as root:
