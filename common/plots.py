@@ -121,8 +121,13 @@ def save_error_curves(panels: dict[str, dict[str, tuple]], path: Path, x_label: 
 
 
 def save_course(rows: Sequence[dict], path: Path, names: Sequence[str] = ()) -> None:
-    """The columns of a log against the epoch, those of `names` that there are, or all. rows: as in log.csv; a column may have gaps."""
+    """The columns of a log against the epoch, those of `names` that there are, or all. rows: as in log.csv; a column may have gaps.
+
+    Before the first epoch has ended there is nothing to draw, and no file.
+    """
     columns = dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "seconds") and (not names or name in names))
+    if not columns:
+        return
     points = {name: [(row["epoch"], row[name]) for row in rows if name in row] for name in columns}
     save_curves({name: tuple(zip(*several, strict=True)) for name, several in points.items()}, path, "epoch")
 

@@ -371,12 +371,16 @@ def files(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
             elif make_official:
                 make_official(root / folder, patch)
             asked = f"folder:{root / folder}" if name == "folder" else name
-            good = data.load(asked, root, unofficial=name in ("celeba", "flowers10", "folder"))
+            with contextlib.redirect_stdout(io.StringIO()):
+                good = data.load(asked, root, unofficial=name in ("celeba", "flowers10", "folder"))
             victims = sorted(p for p in (root / folder).rglob("*") if p.is_file() and not p.name.startswith("."))
             for _ in range(n):
                 path = rng.choice(victims)
+                if not path.exists():  # the decoded pixels, taken away below
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        data.load(asked, root, unofficial=True)
                 content = path.read_bytes()
-                if rng.random() < 0.5:  # else a picture's damage hides behind the pixels decoded before it
+                if rng.random() < 0.5 and path.suffix == ".jpg":  # else a picture's damage hides behind the pixels decoded before it
                     for cached in root.rglob("pixels-*"):
                         cached.unlink()
                 how = rng.randrange(20)
