@@ -484,32 +484,34 @@ def _celeba_partition(path: Path) -> dict[str, int]:
 def _celeba_pixels(folder: Path, names: list[str], text_digests: list[str]) -> tuple[np.ndarray, str]:
     """The images as uint8 (N, 3, 64, 64), in the order of `names`, and the pixels' SHA-256: decoded once, from then on read from a cache.
 
-    The cache's name says what it was made from; its SHA-256 stands beside it and is verified on every start. It may be deleted.
+    The cache's name says what it was made from; beside it stand its SHA-256, which is verified on every start, and when the images were last
+    changed. It may be deleted.
     """
     try:
         with os.scandir(folder) as entries:
-            sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            found = {entry.name: entry.stat() for entry in entries if entry.is_file()}
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
-    missing = sorted(n for n in names if n not in sizes)
+    missing = sorted(n for n in names if n not in found)
     if missing:
         raise UserError(
             f"{folder}: {len(missing):,} of {len(names):,} images that {CELEBA_TEXTS[1]} names are not there ({_some(missing)}). "
             "Unpack img_align_celeba.zip again, or name only those that are there and pass --unofficial-data"
         )
     shape = (len(names), 3, 64, 64)
-    file = f"pixels-64x64-{_digest([CELEBA_VERSION, *text_digests, *(f'{n} {sizes[n]};' for n in names)])}.bin"
+    file = f"pixels-64x64-{_digest([CELEBA_VERSION, *text_digests, *(f'{n} {found[n].st_size};' for n in names)])}.bin"
+    changed = _digest(f"{n} {found[n].st_mtime_ns};" for n in names)
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     places = (folder.parent, Path(home, "gmm-reproductions"))
     for place in places:
-        if cached := _read_cache(place / file, shape):
+        if cached := _read_cache(place / file, shape, changed):
             return cached
     place = next((place for place in places if _has_room(place, math.prod(shape))), None)
     if place is None:
         where, needed = " nor ".join(map(str, places)), math.prod(shape) / 1e9
         raise UserError(f"celeba: neither {where} can be written and has {needed:.1f} GB free, for the decoded images. Set XDG_CACHE_HOME")
     with _locked(place):
-        if cached := _read_cache(place / file, shape, aloud=False):  # of a process that was first
+        if cached := _read_cache(place / file, shape, changed, aloud=False):  # of a process that was first
             return cached
         for part in place.glob(f".{file}*.part"):  # of a process that was killed while it wrote
             part.unlink()
@@ -519,7 +521,7 @@ def _celeba_pixels(folder: Path, names: list[str], text_digests: list[str]) -> t
         with atomic(place / file, "wb") as out:
             out.write(pixels.ravel())
         with atomic(place / f"{file}.sha256") as out:  # after the pixels, in the format of sha256sum
-            out.write(f"{digest}  {file}\n")
+            out.write(f"{digest}  {file}\n# of images last changed as {changed} says\n")
     return pixels, digest
 
 
@@ -529,18 +531,24 @@ def _celeba_face(image: Image.Image) -> Image.Image:
     return image.convert("RGB").crop(CELEBA_BOX).resize((64, 64), Image.Resampling.BILINEAR)
 
 
-def _read_cache(path: Path, shape: tuple[int, ...], aloud: bool = True) -> tuple[np.ndarray, str] | None:
-    """The cached array and its SHA-256; None where there is none, or where it is not what its SHA-256 says, and then aloud."""
+def _read_cache(path: Path, shape: tuple[int, ...], changed: str, aloud: bool = True) -> tuple[np.ndarray, str] | None:
+    """The cached array and its SHA-256; None where there is none, or, aloud, where it is damaged or the images have changed since.
+
+    changed: a digest of when each was.
+    """
     try:
-        expected = Path(f"{path}.sha256").read_text(encoding="utf-8", errors="replace")[:64]
+        text = Path(f"{path}.sha256").read_text(encoding="utf-8", errors="replace")
+        expected, same = text[:64], f" {changed} " in text
         whole = path.stat().st_size == math.prod(shape)
         pixels = np.fromfile(path, np.uint8) if whole else np.empty(0, np.uint8)
     except OSError:  # there is none, or it is somebody else's
         return None
-    if hashlib.sha256(pixels).hexdigest() == expected:
+    whole = hashlib.sha256(pixels).hexdigest() == expected
+    if whole and same:
         return pixels.reshape(shape), expected
     if aloud:
-        print(f"{path}: damaged: it is not what its SHA-256 says; the images are decoded anew", flush=True)
+        why = "older than some of the images" if whole else "damaged: it is not what its SHA-256 says"
+        print(f"{path}: {why}; the images are decoded anew", flush=True)
     return None
 
 

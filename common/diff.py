@@ -63,6 +63,15 @@ class Published:
     claims: list[dict]  # what the paper says of its results, each as a comparison of metrics
 
 
+ITEMS = {  # of published.yaml's other lists: what each item must have, and of which type
+    "ours": {"experiment": (str, list), "metric": (str,), "what": (str,)},
+    "reference": {"experiment": (str,), "seeds": (int,), "hours": (int, float), "needs": (str,)},
+    "claims": {
+        "where": (str,), "claim": (str,), "experiment": (str,), "metric": (str,), "is": (str,), "than": (str, int, float, dict),
+    },
+}  # fmt: skip
+
+
 def papers() -> list[str]:
     return sorted(path.parent.name for path in ROOT.glob("*/published.yaml"))
 
@@ -78,6 +87,13 @@ def published(paper: str) -> Published:
     for entry in entries:
         if type(entry.value) not in (int, float) or entry.better not in ("lower", "higher", "equal"):
             raise UserError(f"{path}: {entry.id}: value must be a number and better one of lower, higher, equal")
+    for key, needed in ITEMS.items():
+        if not isinstance(content.get(key, []), list):
+            raise UserError(f"{path}: {key} is not a list")
+        for i, item in enumerate(content.get(key, []), start=1):
+            wrong = [name for name, kinds in needed.items() if not isinstance(item, dict) or type(item.get(name)) not in kinds]
+            if wrong:
+                raise UserError(f"{path}: {key}, item {i}: {', '.join(wrong)}: missing, or not of its kind")
     rest = {key: content.get(key, []) for key in ("reference", "claims")}
     return Published(entries, ours=_each_experiment(content.get("ours", [])), **rest, stand_ins=content.get("stand_ins", {}))
 

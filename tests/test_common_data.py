@@ -500,6 +500,14 @@ def test_celeba_is_decoded_once(celeba, decoded, capsys):
     Image.new("RGB", (178, 218), "red").save(path)
     changed = load("celeba", celeba, unofficial=True)
     assert decoded == [12, 12] and changed.digest != first.digest and changed.train_images[1, 0].min() > 250
+    # and so is another image of as many bytes
+    capsys.readouterr()
+    content, at = bytearray(path.read_bytes()), path.read_bytes().rindex(b"\xff\xda") + 20
+    content[at] ^= 0x55
+    path.write_bytes(content)
+    same_size = load("celeba", celeba, unofficial=True)
+    assert decoded == [12, 12, 12] and same_size.digest != changed.digest
+    assert "older than some of the images; the images are decoded anew" in capsys.readouterr().out
 
 
 CACHE_DAMAGE = {

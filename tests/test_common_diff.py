@@ -231,6 +231,15 @@ def test_damaged_inputs_of_the_diff(house, capsys, tmp_path):
     assert call(diff.main, "show", "sigma", capsys=capsys)[0] == 2
     assert "unknown experiment 'digit'" in call(diff.main, "show", "--experiment", "digit", capsys=capsys)[2]
     assert call(diff.main, "pending", "segma", capsys=capsys)[0] == 2
+    text = (house / "segma/published.yaml").read_text()
+    (house / "segma/published.yaml").write_text(
+        text.replace("ours:\n", "ours:\n  - {experiment: mnist, seeds: 5, hours: 1, needs: MNIST}\n")
+    )
+    code, _, err = call(diff.main, "show", capsys=capsys)
+    assert code == 2 and "published.yaml: ours, item 1: metric, what: missing, or not of its kind" in err
+    (house / "segma/published.yaml").write_text(text + "claims: 3\n")
+    code, _, err = call(diff.main, "show", capsys=capsys)
+    assert code == 2 and "published.yaml: claims is not a list" in err
     (house / "segma/published.yaml").write_text("entries:\n  - {id: x}\n")
     code, _, err = call(diff.main, "show", capsys=capsys)
     assert code == 2 and "published.yaml: an entry is not complete" in err
