@@ -484,8 +484,8 @@ def _celeba_partition(path: Path) -> dict[str, int]:
 def _celeba_pixels(folder: Path, names: list[str], text_digests: list[str]) -> tuple[np.ndarray, str]:
     """The images as uint8 (N, 3, 64, 64), in the order of `names`, and the pixels' SHA-256: decoded once, from then on read from a cache.
 
-    The cache's name says what it was made from; beside it stand its SHA-256, which is verified on every start, and when the images were last
-    changed. It may be deleted.
+    The cache's name says what it was made from; beside it stand its SHA-256, which is verified on every start, and when the images were
+    last changed. It may be deleted.
     """
     try:
         with os.scandir(folder) as entries:
