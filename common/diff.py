@@ -4,6 +4,7 @@
     python -m common.diff collect             complete runs -> <paper>/results, figures and the READMEs' results blocks
     python -m common.diff check               are the results blocks what the committed results give?
     python -m common.diff pending             reference runs still missing
+    python -m common.diff pairs gmgan --experiment toy --runs R    the runs in R against the reference, seed by seed: is bf16 a shift?
 
 A paper is a folder with a published.yaml.
 """
@@ -432,6 +433,32 @@ def verdict_on_claim(ours: list[float], against: list[float], wanted: str, kind:
     return other, f"{'holds' if holds else 'fails' if fails else 'undecided'}{indicative} (difference in [{low:.3g}, {high:.3g}])"
 
 
+def pairs(paper: str, experiment: str, mine: dict[str, list[dict]]) -> list[list[str]]:
+    """Your runs of an experiment against the reference runs of the same seeds, metric by metric: is there a shift? Heads first.
+
+    For runs in another precision, or with other code: complete runs of the committed config, at least two seeds on both sides.
+    """
+    config = config_of(paper, experiment)
+    sides = [
+        {r["seed"]: r["metrics"] for r in records.get(experiment, []) if not_comparable(r, config) is None}
+        for records in (references(paper), mine)
+    ]
+    seeds = sorted(sides[0].keys() & sides[1].keys())
+    if len(seeds) < 2:
+        raise UserError(f"{experiment}: {len(seeds)} seed has a complete run here and in the reference; pairs need at least 2")
+    rows = [["metric", f"reference, seeds {', '.join(map(str, seeds))}", "yours", "difference of a pair, 95 % interval", ""]]
+    for metric in sides[0][seeds[0]]:
+        theirs, ours = ([side[seed][metric] for seed in seeds if metric in side[seed]] for side in sides)
+        if len(theirs) < len(seeds) or len(ours) < len(seeds):
+            continue
+        differences = [b - a for a, b in zip(theirs, ours, strict=True)]
+        mean = statistics.fmean(differences)
+        low, high = welch_interval(mean, statistics.variance(differences) / len(seeds), len(seeds), 0.0, 1)
+        verdict = "the same" if low == high == 0 else "no shift seen" if low <= 0 <= high else "shift"
+        rows.append([metric, plain(theirs), plain(ours), f"{mean:+.3g} in [{low:.3g}, {high:.3g}]", verdict])
+    return rows
+
+
 def like_reference(here: list[float], reference: list[float]) -> str:
     """Whether your values lie where 95 % of seeds should, by the reference's (n ≥ 5)."""
     low, high = prediction_interval(reference)
@@ -601,12 +628,14 @@ def pending(runs: Path) -> list[list[str]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = run.Parser(prog="python -m common.diff")
-    parser.add_argument("what", choices=("show", "collect", "check", "pending"))
-    parser.add_argument("papers", nargs="*", help="show: these alone")
-    parser.add_argument("--experiment", help="show: the rows of its data set alone")
+    parser.add_argument("what", choices=("show", "collect", "check", "pending", "pairs"))
+    parser.add_argument("papers", nargs="*", help="show: these alone; pairs: one")
+    parser.add_argument("--experiment", help="show: the rows of its data set alone; pairs: this one, against the reference seed by seed")
     parser.add_argument("--runs", type=run.as_path, default=Path("runs"))
     options = parser.parse_all(argv)
-    if options.what != "show" and (options.papers or options.experiment):
+    if options.what == "pairs" and (len(options.papers) != 1 or not options.experiment):
+        raise UserError("pairs takes one paper and --experiment")
+    if options.what not in ("show", "pairs") and (options.papers or options.experiment):
         raise UserError(f"{options.what} takes no papers and no --experiment")
     for paper in options.papers:
         if paper not in papers():
@@ -621,6 +650,9 @@ def main(argv: list[str] | None = None) -> None:
             for more in (rankings(paper, mine), claims(paper, mine) if not options.experiment else []):
                 if more:
                     print(f"\n{as_text(more)}")
+    elif options.what == "pairs":
+        run.check_experiment(options.papers[0], options.experiment)
+        print(as_text(pairs(options.papers[0], options.experiment, yours(options.papers[0], options.runs))))
     elif options.what == "collect":
         collect(options.runs)
     elif options.what == "check":

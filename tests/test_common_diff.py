@@ -168,6 +168,30 @@ def put_result(runs, experiment: str, seed: int, **metrics: float) -> None:
     (folder / "eval.json").write_text(json.dumps(made))
 
 
+def test_pairs_of_runs_are_compared_seed_by_seed(house, tmp_path, capsys):
+    reference, mine = [10.0, 20.0, 40.0], [11.0, 21.5, 42.0]  # differences 1, 1.5, 2: mean 1.5, s 0.5; t(0.975, 2) = 4.3027
+    for seed, (theirs, ours) in enumerate(zip(reference, mine, strict=True)):
+        put_result(tmp_path / "theirs", "mnist", seed, test_error=theirs, same=3.0)
+        put_result(tmp_path / "runs/segma", "mnist", seed, test_error=ours, same=3.0, only_here=1.0)
+    records = [json.loads(path.read_text()) for path in sorted((tmp_path / "theirs").glob("*/*/eval.json"))]
+    (house / "segma/results").mkdir()
+    (house / "segma/results/mnist.json").write_text(json.dumps(records))
+    where = ["pairs", "segma", "--experiment", "mnist", "--runs", tmp_path / "runs"]
+    code, out, err = call(diff.main, *where, capsys=capsys)
+    half = 4.3027 * 0.5 / 3**0.5
+    assert code == 0 and f"+1.5 in [{1.5 - half:.3g}, {1.5 + half:.3g}]" in out and "only_here" not in out, err
+    assert "seeds 0, 1, 2" in out and out.split("+1.5 in")[1].splitlines()[0].endswith("shift")
+    assert re.search(r"same +3 ± 0 \(n=3\) +3 ± 0 \(n=3\) +\+0 in \[0, 0\] +the same", out)
+    assert diff.pairs("segma", "mnist", {"mnist": records})[1][3] == "+0 in [0, 0]"
+    further = [{**r, "metrics": {"test_error": r["metrics"]["test_error"] + d}} for r, d in zip(records, (-1, 0, 2), strict=True)]
+    assert diff.pairs("segma", "mnist", {"mnist": further})[1][4] == "no shift seen"
+    shutil.rmtree(tmp_path / "runs/segma/mnist/seed1")
+    shutil.rmtree(tmp_path / "runs/segma/mnist/seed2")
+    code, _, err = call(diff.main, *where, capsys=capsys)
+    assert code == 2 and "mnist: 1 seed has a complete run here and in the reference" in err
+    assert call(diff.main, "pairs", "segma", capsys=capsys)[0] == 2
+
+
 def put_run(runs, trained, seed: int, **provenance) -> None:
     """An evaluated run, as if it had been trained to the end from a clean tree."""
     folder = runs / f"segma/digits/seed{seed}"
