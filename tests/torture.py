@@ -789,7 +789,7 @@ def inject(paper: str, kind: str, step: int, value: float, where: float) -> Call
                 moved = [p for optimizer in of for group in optimizer.param_groups for p in group["params"]]
                 parameter = moved[int(where * len(moved))]
                 if kind == "weight":
-                    parameter.data.view(-1)[0] = value
+                    parameter.data[(0,) * parameter.dim()] = value
                     return real(networks, optimizers, batch, *rest, **kwargs)
                 if kind == "batch":
                     images = next(k for k, v in batch._asdict().items() if isinstance(v, torch.Tensor) and v.is_floating_point())
