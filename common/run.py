@@ -18,6 +18,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -40,7 +41,10 @@ SAMPLE_EPOCHS = {1, 2, 5, 10, 20, 50, 100, 200, 300, 400, 500, 1000}  # a grid o
 
 
 class UserError(Exception):
-    """A mistake in usage, configuration or data: one line, exit code 2."""
+    """A mistake in usage, configuration or data: one line, exit code 2. A word of it that would fill the screen is cut."""
+
+    def __init__(self, message: str):
+        super().__init__(re.sub(r"(\S{80})\S{220,}", r"\1…", message))
 
 
 class RunFailed(Exception):

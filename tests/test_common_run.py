@@ -297,3 +297,8 @@ def test_provenance_names_every_commit_and_any_dirty_tree():
     moved = run.provenance(state | {"sessions": [*state["sessions"], session | {"device": "y", "git_commit": "b", "git_dirty": False}]})
     assert moved["device"] == ["x", "y"]
     assert run.provenance(state | {"sessions": [session | {"git_commit": None, "git_dirty": None}]})["git_dirty"] is True
+
+
+def test_a_message_is_one_screen_line_long():
+    assert str(UserError("/a/path/" + "x" * 200 + " is missing")) == "/a/path/" + "x" * 200 + " is missing"
+    assert str(UserError(f"epochs: {'9' * 5000} is out of range")) == f"epochs: {'9' * 80}… is out of range"
