@@ -160,5 +160,5 @@ def _pyplot():
 def _save(figure, path: Path) -> None:
     figure.tight_layout()
     with atomic(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+        figure.savefig(file, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     _pyplot().close(figure)

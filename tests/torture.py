@@ -414,6 +414,8 @@ def files(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
                 if path.is_dir():
                     path.rmdir()
                 path.write_bytes(content)
+            with contextlib.redirect_stdout(io.StringIO()):  # decoded as the files are now: nobody has no place to keep what is decoded
+                data.load(asked, root, unofficial=True)
             for path in rng.sample(victims, min(2, len(victims))):
                 account.tried += 1
                 account.refused += 1
