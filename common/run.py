@@ -597,9 +597,9 @@ class Run:
                 print(f"{self.folder}: resuming at epoch {self.epoch + 1} of {self.config.epochs}, step {self.step}", flush=True)
         self.sessions.append(session(self.device))
         self.started = self.saved_at = time.monotonic()
+        self.saved_position = (self.epoch, self.step) if state else None
         self.seconds_before = self.seconds
         self.epoch_started = self.started - (state["epoch_seconds"] if state else 0.0)
-        self.steps_here = 0
         with atomic(self.folder / "config.yaml") as file:
             file.write(f"# {self.identity['paper']} {self.options.experiment}, seed {self.options.seed}: as resolved\n")
             yaml.safe_dump(dataclasses.asdict(self.config), file, sort_keys=False)
@@ -629,7 +629,6 @@ class Run:
         values = torch.stack([value.detach().float() for value in losses.values()])
         self.sums = values if self.sums is None else self.sums + values
         self.step += 1
-        self.steps_here += 1
         self.total_steps += 1
         self.bar.update()
         bad = ~torch.isfinite(values).all()
@@ -659,8 +658,8 @@ class Run:
         return self.folder / "samples" / f"epoch{self.epoch:04d}.png" if due else None
 
     def finish(self) -> None:
-        """Save the last epoch's weights, unless this session trained nothing."""
-        if self.steps_here:
+        """Save the last epoch's weights, unless the checkpoint has them: a session may have had nothing to do but to close an epoch."""
+        if (self.epoch, self.step) != self.saved_position:
             self.save()
             self.bar.close()
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
@@ -694,7 +693,7 @@ class Run:
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             },
         )
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_position = time.monotonic(), (self.epoch, self.step)
         if self.signal:
             name, code = ("Ctrl-C", 130) if self.signal == signal.SIGINT else ("SIGTERM", 143)
             raise Stopped(code, f"{name}: saved after epoch {self.epoch}, step {self.step}; the same command goes on from here")

@@ -77,6 +77,28 @@ def test_ctrl_c_and_sigterm_save_and_lose_nothing(uninterrupted, tmp_path, numbe
     assert code == 0 and "complete, 60 epochs done" in out
 
 
+def test_killed_between_the_last_step_and_the_end(tmp_path, monkeypatch):
+    """What is left is to close the epoch, without a step: that too is saved."""
+    options = run.Options("digits", runs=tmp_path, save_every=0.0, device="cpu", threads=1)
+    config = run.experiment_config("segma", "digits", {"epochs": 2, "hidden_dim": 8})
+    real = run.Run.after_epoch
+
+    def killed(self, **more):
+        if self.epoch == 1:
+            raise MemoryError
+        real(self, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "after_epoch", killed)
+        with pytest.raises(MemoryError):
+            segma_train.train(config, options)
+    assert (checkpoint(tmp_path)["epoch"], checkpoint(tmp_path)["step"]) == (1, 14)
+    for _ in range(2):
+        segma_train.train(config, options)
+        found = checkpoint(tmp_path)
+        assert (found["epoch"], found["step"], found["total_steps"], len(found["rows"])) == (2, 0, 28, 2)
+
+
 def test_a_full_disk_while_saving_keeps_the_last_checkpoint(uninterrupted, tmp_path):
     subprocess.run(["cp", "-r", f"{uninterrupted}/.", tmp_path], check=True)
     before = (tmp_path / "segma/digits/seed0/checkpoint.pt").read_bytes()
