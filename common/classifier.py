@@ -130,10 +130,12 @@ def cache_path(data: Dataset, cache: Path) -> Path:
 
 
 def _cached(path: Path) -> dict | None:
-    """What the file holds, or None where there is none, or a damaged one: which is removed, aloud."""
+    """What the file holds, or None where there is none, or a damaged one: which is removed, aloud. Raises UserError for a folder."""
     try:
         return load_checkpoint(path)
     except UserError as error:
+        if path.is_dir():
+            raise
         print(f"{str(error).split('. Nothing to resume')[0]}: the classifier is trained anew", file=sys.stderr, flush=True)
         path.unlink(missing_ok=True)
         return None

@@ -92,7 +92,9 @@ def cached_moments(network: torch.nn.Module, images: Tensor, cache: Path, key: s
     path = cache / f"inception-{key}.pt"
     try:
         state = load_checkpoint(path)
-    except UserError:  # a damaged cache is computed anew
+    except UserError:  # a damaged cache is computed anew; a folder is nobody's cache
+        if path.is_dir():
+            raise
         state = None
     if state is None:
         mean, covariance = moments(features(network, images))

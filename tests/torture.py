@@ -484,6 +484,41 @@ def other_files(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
             account.note("computed anew")
     yield account
 
+    account = Account("files: closed ones, folders in their place")
+    keep = place / "kept"
+    run.save_checkpoint(keep / "checkpoint.pt", state)
+    run.save_checkpoint(keep / "classifier-x.pt", {"network": {}, "accuracy": 90.0})
+    run.save_checkpoint(keep / "inception-x.pt", {"mean": torch.zeros(1), "covariance": torch.ones(1, 1)})
+    with house(place / "open") as root:
+        readers = {  # and whether what cannot be read is made anew
+            keep / "checkpoint.pt": (lambda: run.load_checkpoint(keep / "checkpoint.pt"), False),
+            keep / "classifier-x.pt": (lambda: classifier._cached(keep / "classifier-x.pt"), True),
+            keep / "inception-x.pt": (lambda: inception.cached_moments(None, None, keep, "x"), False),
+            root / "segma/configs/digits.yaml": (lambda: run.experiment_config("segma", "digits"), False),
+            root / "segma/published.yaml": (lambda: diff.table("segma", None), False),
+            root / "segma/results/digits.json": (lambda: diff.table("segma", None), False),
+        }
+        for path in (place, *keep.rglob("*"), keep, *(place / "open").rglob("*"), place / "open"):
+            path.chmod(0o777 if path.is_dir() else 0o666)
+        for path, (read, anew) in readers.items():
+            content = path.read_bytes()
+            if path.name != "inception-x.pt":  # which is computed anew where it is closed: there are no images here
+                path.chmod(0o000)
+                child = fork(place, lambda read=read: (nobody(), read()))
+                child.wait()
+                account.tried += 1
+                account.check(one_line(child, 0 if anew else 2), f"{path.name}, closed: {child.code}: {child.err[-300:]}")
+            path.unlink(missing_ok=True)
+            path.mkdir()
+            child = fork(place, read)
+            child.wait()
+            account.tried += 1
+            account.refused += 1
+            account.check(one_line(child, 2), f"{path.name}, a folder: {child.code}: {child.err[-300:]}")
+            path.rmdir()
+            path.write_bytes(content)
+    yield account
+
     with house(place / "house") as root:
         for what in ("segma/configs/digits.yaml", "segma/published.yaml", "segma/results/digits.json"):
             account = Account(f"files: {what}")
