@@ -88,15 +88,16 @@ def published(paper: str) -> Published:
     for entry in entries:
         if type(entry.value) not in (int, float) or entry.better not in ("lower", "higher", "equal"):
             raise UserError(f"{path}: {entry.id}: value must be a number and better one of lower, higher, equal")
+    lists = {key: content.get(key, []) for key in ITEMS}
     for key, needed in ITEMS.items():
-        if not isinstance(content.get(key, []), list):
+        if not isinstance(lists[key], list):
             raise UserError(f"{path}: {key} is not a list")
-        for i, item in enumerate(content.get(key, []), start=1):
+        for i, item in enumerate(lists[key], start=1):
             wrong = [name for name, kinds in needed.items() if not isinstance(item, dict) or type(item.get(name)) not in kinds]
             if wrong:
                 raise UserError(f"{path}: {key}, item {i}: {', '.join(wrong)}: missing, or not of its kind")
-    rest = {key: content.get(key, []) for key in ("reference", "claims")}
-    return Published(entries, ours=_each_experiment(content.get("ours", [])), **rest, stand_ins=content.get("stand_ins", {}))
+    lists["ours"] = _each_experiment(lists["ours"])
+    return Published(entries, **lists, stand_ins=content.get("stand_ins", {}))
 
 
 def _each_experiment(items: list[dict]) -> list[dict]:

@@ -371,14 +371,12 @@ def files(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
             elif make_official:
                 make_official(root / folder, patch)
             asked = f"folder:{root / folder}" if name == "folder" else name
-            with contextlib.redirect_stdout(io.StringIO()):
-                good = data.load(asked, root, unofficial=name in ("celeba", "flowers10", "folder"))
+            good = quietly(asked, root, name in ("celeba", "flowers10", "folder"))
             victims = sorted(p for p in (root / folder).rglob("*") if p.is_file() and not p.name.startswith("."))
             for _ in range(n):
                 path = rng.choice(victims)
                 if not path.exists():  # the decoded pixels, taken away below
-                    with contextlib.redirect_stdout(io.StringIO()):
-                        data.load(asked, root, unofficial=True)
+                    quietly(asked, root, True)
                 content = path.read_bytes()
                 if rng.random() < 0.5 and path.suffix == ".jpg":  # else a picture's damage hides behind the pixels decoded before it
                     for cached in root.rglob("pixels-*"):
@@ -414,8 +412,7 @@ def files(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
                 if path.is_dir():
                     path.rmdir()
                 path.write_bytes(content)
-            with contextlib.redirect_stdout(io.StringIO()):  # decoded as the files are now: nobody has no place to keep what is decoded
-                data.load(asked, root, unofficial=True)
+            quietly(asked, root, True)  # decoded as the files are now: nobody has no place to keep what is decoded
             for path in rng.sample(victims, min(2, len(victims))):
                 account.tried += 1
                 account.refused += 1
@@ -429,6 +426,12 @@ def files(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
                 account.check(told, f"{path.name} without rights: {child.code}: {child.err[-300:]}")
         yield account
     yield from other_files(place, rng, n)
+
+
+def quietly(name: str, root: Path, unofficial: bool) -> data.Dataset:
+    """data.load, without its line when it decodes."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return data.load(name, root, unofficial)
 
 
 def no_network(*_: object, **__: object) -> None:
@@ -738,7 +741,6 @@ def two(place: Path, rng: random.Random, n: int) -> Iterator[Account]:
 
         def judge(cache=cache) -> None:
             quick_judge()
-            torch.set_num_threads(1)
             print(classifier.digest(classifier.trained(digits, cache, "cpu")[0]))
 
         pair = [fork(place, judge) for _ in range(2)]
