@@ -15,6 +15,7 @@ FLAGS ?=
 WHERE = --data "$(DATA)" --runs "$(RUNS)" --device $(DEVICE) --threads $(THREADS) $(if $(UNOFFICIAL),--unofficial-data) $(if $(INCEPTION),--inception "$(INCEPTION)")
 CONFIGS := $(sort $(wildcard */configs/*.yaml))
 TARGETS := $(foreach c,$(CONFIGS),$(firstword $(subst /, ,$(c)))-$(basename $(notdir $(c))))
+SEEDED := $(foreach t,$(TARGETS),$(SEEDS:%=$(t)@%))
 
 # `make … PYTHON=…` uses an environment of your own; without it, .venv is made once, and again when pyproject.toml changes.
 ifeq ($(origin PYTHON),command line)
@@ -25,7 +26,7 @@ READY := .venv/ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test torture lint diff results pending clean $(TARGETS)
+.PHONY: help setup test torture lint diff results pending clean $(TARGETS) $(SEEDED)
 
 help:
 	@echo "Train, evaluate and diff (what it takes: SEEDS=\"0 1 2\" DATA=folder DEVICE=cpu|cuda EPOCHS=n PRECISION=fp32|bf16 RUNS=folder THREADS=n INCEPTION=file UNOFFICIAL=1 DATASET=folder:path FLAGS=\"--any-field value\"):"
@@ -54,13 +55,18 @@ setup: $(READY)
 	  { echo "set-up with the versions of constraints.txt did not work (above): trying the newest that pyproject.toml allows"; .venv/bin/python -m pip install --quiet -e '.[test]'; }
 	@touch $@
 
-$(TARGETS): $(READY)
-	@set -e; paper=$(firstword $(subst -, ,$@)); experiment=$(patsubst $(firstword $(subst -, ,$@))-%,%,$@); \
-	for seed in $(SEEDS); do \
-	  "$(PYTHON)" -m $$paper.train $$experiment --seed $$seed $(WHERE) --precision $(PRECISION) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DATASET),--dataset "$(DATASET)") $(FLAGS); \
-	  "$(PYTHON)" -m $$paper.eval $$experiment --seed $$seed $(WHERE); \
-	done; \
-	"$(PYTHON)" -m common.diff show $$paper --experiment $$experiment --runs "$(RUNS)"
+# One target a seed, <paper>-<experiment>@<seed>, so that `make -j 2` runs two of them at once; each is a process of its own.
+$(foreach t,$(TARGETS),$(eval $(t): $(SEEDS:%=$(t)@%)))
+PAPER = $(firstword $(subst -, ,$@))
+EXPERIMENT = $(firstword $(subst @, ,$(patsubst $(PAPER)-%,%,$@)))
+SEED = $(lastword $(subst @, ,$@))
+
+$(SEEDED): $(READY)
+	@"$(PYTHON)" -m $(PAPER).train $(EXPERIMENT) --seed $(SEED) $(WHERE) --precision $(PRECISION) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DATASET),--dataset "$(DATASET)") $(FLAGS)
+	@"$(PYTHON)" -m $(PAPER).eval $(EXPERIMENT) --seed $(SEED) $(WHERE)
+
+$(TARGETS):
+	@"$(PYTHON)" -m common.diff show $(PAPER) --experiment $(EXPERIMENT) --runs "$(RUNS)"
 
 test: $(READY)
 	@DATA="$(DATA)" "$(PYTHON)" -m pytest
