@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from common import diff, run
@@ -256,6 +257,32 @@ def test_a_step_takes_all_gradients_before_it_moves_anything():
     for player, parameters in train.players(networks).items():
         for old, new, gradient in zip(before[player], parameters, expected[player], strict=True):
             torch.testing.assert_close(new.detach(), old - 0.1 * gradient)
+
+
+def test_a_short_run_learns_the_responsibilities_of_two_clusters():
+    """Algorithm 1 on two clusters in the plane, told k by eq. (4): chance is an accuracy of 0.5 and samples 1 from their cluster."""
+    torch.manual_seed(0)
+    config = train.Config(dataset="digits", n_components=2, latent_dim=2, target="component", information_moves="all")
+    networks = {
+        "mixture": Mixture(2, 2, mean_range=1.0, deviation=0.3),
+        "generator": nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 2)),
+        "encoder": nn.Sequential(nn.Linear(2, 32), nn.LeakyReLU(0.3)),
+        "discriminator": nn.Linear(32, 1),
+        "classifier": nn.Linear(32, 2),
+    }
+    optimizers = {player: torch.optim.Adam(p, lr=2e-3, betas=(0.5, 0.999)) for player, p in train.players(networks).items()}
+    noise = torch.Generator().manual_seed(0)
+    labels = torch.arange(32) % 2
+    clusters = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+    for _ in range(1000):
+        points = clusters[labels] + 0.1 * torch.randn(32, 2, generator=noise)
+        train.train_step(networks, optimizers, train.Batch(points, noise), config)
+    alpha = train.responsibilities(networks, points)
+    first = alpha[:, 0].argmax() % 2  # the cluster of Gaussian 0
+    assert train.clustering(alpha, labels, 2)["accuracy"] > 0.95
+    made = networks["generator"](networks["mixture"](torch.randn(500, 2, 2, generator=noise)).flatten(0, 1)).view(500, 2, 2)
+    distances = (made - torch.stack([clusters[first], clusters[1 - first]])).norm(dim=2).median(0).values
+    assert (distances < 0.4).all(), distances
 
 
 @pytest.mark.parametrize("saturating", [False, True])
