@@ -99,14 +99,15 @@ def save_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], path
 
 
 def save_error_curves(panels: dict[str, dict[str, tuple]], path: Path, x_label: str, y_label: str, log: bool = False) -> None:
-    """Panels of several named curves (x, y, error of y) each, four to a row; log: the x axis is logarithmic."""
+    """Panels of several named curves (x, y, error of y) each, four to a row, a gap where one has none; log: the x axis is logarithmic."""
     columns = min(len(panels), 4)
     size = (3.6, 2.9) if len(panels) > 1 else (5.5, 4.0)
     rows = -(-len(panels) // columns)
     figure, grid_of_axes = _pyplot().subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
-    for axes in grid_of_axes.flat[len(panels) :]:
+    for axes in grid_of_axes.flat:
         axes.set_visible(False)
     for axes, (title, curves) in zip(grid_of_axes.flat, panels.items(), strict=False):
+        axes.set_visible(bool(curves))
         for name, (x, y, error) in curves.items():
             axes.errorbar(x, y, error if any(error) else None, label=name, linewidth=1, capsize=2, marker=".", markersize=3)
         if log:
@@ -116,7 +117,8 @@ def save_error_curves(panels: dict[str, dict[str, tuple]], path: Path, x_label: 
         axes.set_ylabel(y_label, fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        if curves:
+            axes.legend(fontsize=7)
     _save(figure, path)
 
 

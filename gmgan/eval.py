@@ -98,13 +98,13 @@ def on_images(trained: Trained, data: Dataset, options: run.Options) -> tuple[di
     log_a = held_out.median().item()  # a = eᵈ at the distance of a typical real image: its quality is 1/2
 
     found = {"classifier_accuracy": accuracy, "log_a": log_a, "quality_of_real_images": scores.quality(held_out, log_a).mean().item()}
-    for multiplier in MULTIPLIERS:
-        images, groups = trained.mixture(SAMPLES if multiplier == 1 else CURVE_SAMPLES, multiplier, options.seed)
+    images, groups = trained.mixture(SAMPLES, seed=options.seed)
+    found |= judged(network, reference, log_a, data.n_classes, images, run.generator(options.seed, "pairs"))
+    found |= groups_and_classes(trained, classifier.classify(network, images), groups, data.n_classes)
+    for multiplier in MULTIPLIERS:  # 1 among them, once more: a curve is of as many samples, and of the same pairs, all along
+        images, _ = trained.mixture(CURVE_SAMPLES, multiplier, options.seed)
         values = judged(network, reference, log_a, data.n_classes, images, run.generator(options.seed, "pairs"))
-        if multiplier == 1:
-            found |= values | groups_and_classes(trained, classifier.classify(network, images), groups, data.n_classes)
-        shown = ("quality", "diversity", "largest_class")
-        found |= {f"{name}_at_{multiplier}": values[name] for name in shown}
+        found |= {f"{name}_at_{multiplier}": values[name] for name in ("quality", "diversity", "largest_class")}
     found |= clustering(trained, data, options.seed)
     inception_scores, judge = inception_score(trained, data, options)
     return found | inception_scores, {"classifier": classifier.digest(network), "inception": judge}

@@ -47,6 +47,11 @@ def curve(several: list[dict[str, float]], prefix: str) -> tuple[list[float], li
     return xs, [statistics.fmean(column) for column in columns], errors
 
 
+def named(name: str, several: list) -> str:
+    """A curve's name, with how many seeds it is of."""
+    return f"{name} ({len(several)} seed{'s' * (len(several) > 1)})"
+
+
 def figures_3_and_4(runs: Path, out: Path) -> None:
     """Samples of the four models over the data; GAN's and GM-GAN's at several σ."""
     points, trained = toy.dataset().train_images, {}
@@ -73,7 +78,7 @@ def figures_3_and_4(runs: Path, out: Path) -> None:
 
 def figure_5(found: dict, out: Path) -> None:
     """Negative log-likelihood of samples against the epoch, the data's own as a line."""
-    curves = {name: curve(found[e], "nll_after_") for name, e in TOY.items() if e in found}
+    curves = {named(name, found[e]): curve(found[e], "nll_after_") for name, e in TOY.items() if e in found}
     if curves:
         xs = next(iter(curves.values()))[0]
         own = toy.negative_log_likelihood(toy.dataset().train_images)
@@ -88,20 +93,22 @@ def figure_4_curves(found: dict, out: Path) -> None:
         if experiment in found:
             _, entropy, _ = curve(found[experiment], "entropy_at_")
             _, nll, errors = curve(found[experiment], "nll_at_")
-            curves[name] = (entropy, nll, errors)
+            curves[named(name, found[experiment])] = (entropy, nll, errors)
     if curves:
         plots.save_error_curves({"": curves}, out / "figure-4-curves.png", "entropy, nats (diversity)", "negative log-likelihood, nats")
 
 
 def figure_7(found: dict, out: Path) -> None:
-    """Quality and diversity against σ, a row for each data set."""
+    """Quality and diversity against σ, a row for each data set of which there is a run."""
     panels = {}
     for title, data in DATA.items():
+        row = {}
         for setting, models in PAIRS.items():
+            several = {name: found[e.format(data)] for name, e in models.items() if e.format(data) in found}
             for score in ("quality", "diversity"):
-                curves = {name: curve(found[e.format(data)], f"{score}_at_") for name, e in models.items() if e.format(data) in found}
-                if curves:
-                    panels[f"{title}, {setting}: {score}"] = curves
+                curves = {named(name, runs): curve(runs, f"{score}_at_") for name, runs in several.items()}
+                row[f"{title}, {setting}: {score}"] = curves
+        panels |= row if any(row.values()) else {}
     if panels:
         plots.save_error_curves(panels, out / "figure-7.png", "σ, after training", "")
 
@@ -111,7 +118,7 @@ def figure_2(found: dict, out: Path) -> None:
     panels = {}
     for title, data in DATA.items():
         if data in found and f"inception_score_at_{MULTIPLIERS[0]}" in found[data][0]:
-            panels[title] = {"GM-GAN": curve(found[data], "inception_score_at_")}
+            panels[title] = {named("GM-GAN", found[data]): curve(found[data], "inception_score_at_")}
     if panels:
         plots.save_error_curves(panels, out / "figure-2.png", "σ, after training", "Inception Score")
     else:
