@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common import classifier, inception, plots, run
 from common.data import Dataset
-from common.metrics import contingency, error_rate
+from common.metrics import contingency, error_rate, normalised_mutual_information
 from gmgan import cluster, scores, toy
 from gmgan.model import correspondence
 from gmgan.train import Task, generate_many, load_data
@@ -137,7 +137,8 @@ def judged(
 def groups_and_classes(trained: Trained, classes: Tensor, groups: Tensor, n_classes: int) -> dict[str, float]:
     """How far a Gaussian is a class, in percent (Sec. 5). classes: (n,), the classifier's; groups: (n,), where each was drawn.
 
-    Supervised: samples whose class is the one that their Gaussian stands for. Else: the share of its Gaussian's most frequent class.
+    Supervised: samples whose class is the one that their Gaussian stands for. Else: the share of its Gaussian's most frequent class,
+    how many classes are such, and the NMI of Gaussian and class.
     """
     config = trained.config
     if getattr(config, "supervised", True):  # AC-GAN always is
@@ -147,7 +148,11 @@ def groups_and_classes(trained: Trained, classes: Tensor, groups: Tensor, n_clas
     if config.groups == 1:
         return {}
     counts = contingency(groups, classes, config.groups, n_classes)
-    return {"component_purity": 100 * (counts.amax(1).sum() / counts.sum()).item(), "main_classes": float(len(counts.argmax(1).unique()))}
+    return {
+        "component_purity": 100 * (counts.amax(1).sum() / counts.sum()).item(),
+        "component_nmi": normalised_mutual_information(counts),
+        "main_classes": float(len(counts.argmax(1).unique())),
+    }
 
 
 def clustering(trained: Trained, data: Dataset, seed: int) -> dict[str, float]:

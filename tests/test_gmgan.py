@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 from PIL import Image
 from torch.nn import functional as F
@@ -133,8 +134,8 @@ def replayed(config, batch, networks):
         return F.binary_cross_entropy(logits.sigmoid(), wanted, reduction="sum")
 
     if config.supervised:
-        of_gaussian = torch.arange(config.components) % config.class_count
-        real_rows, fake_rows = batch.labels, of_gaussian[k_g]
+        real_rows = batch.labels % min(config.components, config.class_count)  # K < N: several classes are one Gaussian's
+        fake_rows = k_g % config.class_count  # K > N: several Gaussians are one class's
     else:
         real_rows, fake_rows = torch.zeros_like(batch.labels), torch.zeros_like(k_g)
     d_loss = (bce(d(batch.real), real_rows) + bce(d(g(mixture(e_d, k_d)).detach()), None)) / (2 * len(batch.real))
@@ -149,10 +150,10 @@ def replayed(config, batch, networks):
     return d_loss, g_loss
 
 
-@pytest.mark.parametrize("supervised", [False, True])
+@pytest.mark.parametrize("supervised, n_components", [(False, 18), (True, 18), (True, 9), (True, 4)])  # of 9 classes
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
-def test_a_step_is_algorithm_1(supervised, kind):
-    config = train.Config(dataset="toy", n_components=18, mixture=kind, supervised=supervised, norm="none", **TINY)
+def test_a_step_is_algorithm_1(supervised, n_components, kind):
+    config = train.Config(dataset="toy", n_components=n_components, mixture=kind, supervised=supervised, norm="none", **TINY)
     torch.manual_seed(0)
     ours = {name: network.double() for name, network in train.build(config).items()}
     theirs = {name: network.double() for name, network in train.build(config).items()}
@@ -245,6 +246,18 @@ def test_shapes_of_the_image_networks(channels, side):
     assert seen == SIDES[side][::-1]
     norms = [m.num_features for m in d.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms == [wide for wide, _ in SIDES[side][::-1][1:]]  # none next to the image
+
+
+def test_shapes_of_the_baselines():
+    config = run.experiment_config("gmgan", "mnist-acgan")
+    networks = acgan.build(config)
+    assert acgan.examples(config)["generator"].shape == (2, 100 + 10)  # z and the class, one-hot
+    images = networks["generator"](torch.randn(2, 110))
+    assert images.shape == (2, 1, 28, 28) and networks["discriminator"](images).shape == (2, 1 + 10)  # real or not, and the class
+    networks = kmeans.build(run.experiment_config("gmgan", "fashion-kmeans"))
+    widths = [m.out_features for name in ("encoder", "decoder") for m in networks[name] if isinstance(m, torch.nn.Linear)]
+    assert widths == [500, 500, 2000, 10, 2000, 500, 500, 784]
+    assert networks["decoder"](networks["encoder"](images)).shape == images.shape
 
 
 def test_one_layout_from_vector_to_image_and_back():
@@ -593,7 +606,8 @@ def test_what_is_said_of_groups_and_classes():
     classes = torch.tensor([3, 3, 3, 1, 2, 2, 2, 2])
     groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     found = gmgan_eval.groups_and_classes(coded(n_components=2, n_classes=4), classes, groups, 4)
-    assert found == {"component_purity": 87.5, "main_classes": 2}
+    nmi = sklearn.metrics.normalized_mutual_info_score(classes, groups, average_method="geometric")
+    assert found == {"component_purity": 87.5, "component_nmi": pytest.approx(nmi), "main_classes": 2}
     supervised = coded(supervised=True, n_components=4, n_classes=4, class_map="3,2,1,0")
     found = gmgan_eval.groups_and_classes(supervised, torch.tensor([3, 2, 1, 3]), torch.tensor([0, 1, 2, 3]), 4)
     assert found == {"samples_of_their_class": 75}
@@ -770,6 +784,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, cap
     code, _, err = call(train.main, *arguments, "--runs", tmp_path, capsys=capsys)
     assert code == 2 and message in err and err.count("\n") == 1
     assert not list(tmp_path.rglob("*"))
+
+
+def test_images_without_classes_are_refused(tmp_path, capsys):
+    for i in range(4):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{i}.png")
+    code, _, err = call(train.main, "signs", "--supervised", "true", "--dataset", f"signs:{tmp_path}", "--runs", tmp_path, capsys=capsys)
+    assert code == 2 and "holds no class folders; expected a folder of images for each class" in err and err.count("\n") == 1
 
 
 def test_a_collapse_to_nan_stops_the_run(tmp_path, capsys):
