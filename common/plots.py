@@ -107,7 +107,9 @@ def save_error_curves(panels: dict[str, dict[str, tuple]], path: Path, x_label: 
     for axes in grid_of_axes.flat:
         axes.set_visible(False)
     for axes, (title, curves) in zip(grid_of_axes.flat, panels.items(), strict=False):
-        axes.set_visible(bool(curves))
+        if not curves:
+            continue
+        axes.set_visible(True)
         for name, (x, y, error) in curves.items():
             axes.errorbar(x, y, error if any(error) else None, label=name, linewidth=1, capsize=2, marker=".", markersize=3)
         if log:
@@ -117,8 +119,7 @@ def save_error_curves(panels: dict[str, dict[str, tuple]], path: Path, x_label: 
         axes.set_ylabel(y_label, fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-        if curves:
-            axes.legend(fontsize=7)
+        axes.legend(fontsize=7)
     _save(figure, path)
 
 
