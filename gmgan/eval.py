@@ -197,7 +197,8 @@ def figures(trained: Trained, data: Dataset, metrics: dict[str, float], folder: 
     each = 10 if groups > 1 else 100
     labels = label_groups(trained, data) if groups > 1 else ()
     images = trained.sample(each).float() / 255
-    plots.save_labelled_grid(images, folder / "samples.png", 10, "Samples of each Gaussian (Fig. 8)" if labels else "Samples", labels)
+    title = "Samples" if not labels else f"Samples of each {'Gaussian' if hasattr(trained.config, 'mixture') else 'class'} (Fig. 8)"
+    plots.save_labelled_grid(images, folder / "samples.png", 10, title, labels)
     each = -(-10 // groups)
     at = [trained.sample(each, multiplier).float()[: 10 * each] / 255 for multiplier in SHOWN_MULTIPLIERS]
     columns = min(len(at[0]), 10)
