@@ -122,7 +122,7 @@ def generator_loss(fake: Tensor, alpha: Tensor, saturating: bool) -> Tensor:
 
 
 def information_loss(logits: Tensor, alpha: Tensor, target: str) -> Tensor:
-    """-L^I of eq. (4) without its entropy term: Σ_i 1/K Σ_k α_ik CE(target, C(x̂_ik)), to be minimised.
+    """-L^I of eq. (4) without H(c), see `class_entropy`: Σ_i 1/K Σ_k α_ik CE(target, C(x̂_ik)), to be minimised.
 
     logits: (M, K, K), C's on each fake.  target: "alpha", the α_i of the real image, the same for every k (as printed), or
     "component", the Gaussian k that the fake came from. A scalar, nats.
@@ -133,6 +133,15 @@ def information_loss(logits: Tensor, alpha: Tensor, target: str) -> Tensor:
     else:
         cross_entropy = -log_p.diagonal(dim1=1, dim2=2)
     return (alpha * cross_entropy).sum() / alpha.shape[1]
+
+
+def class_entropy(alpha: Tensor, of: str) -> Tensor:
+    """Eq. (4)'s share of H(c), 1/K Σ_k α_ik H = H / K, to be maximised through α (M, K). A scalar, nats.
+
+    of: "batch", c ~ the mean of α over the M images, the distribution of the classes; or "image", c ~ α_i, the mean over the images.
+    """
+    p = alpha.mean(0, keepdim=True) if of == "batch" else alpha
+    return -torch.special.xlogy(p, p).sum(-1).mean() / alpha.shape[1]
 
 
 def entropy_share(alpha: Tensor) -> Tensor:

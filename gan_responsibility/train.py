@@ -23,6 +23,7 @@ from common.run import Count, Decay, NonNegative, Positive, Range
 from gan_responsibility import model
 from gan_responsibility.model import (
     Mixture,
+    class_entropy,
     discriminator_loss,
     entropy_share,
     generator_loss,
@@ -86,6 +87,7 @@ class Config(Task):
     information_moves: Literal["classifier", "all"] = "classifier"  # Algorithm 1, line 13; or G, μ and A as well, Sec. 2.4
     adversarial_moves_classifier: bool = True  # through α, Algorithm 1, line 12
     alpha_in_information: Literal["fixed", "trained"] = "fixed"  # whether eq. (4) reaches C through the real images' α too
+    class_entropy: Literal["left_out", "batch", "image"] = "left_out"  # H(c) of eq. (4): of the mean of α over the batch, or of each α_i
     microbatch: Annotated[int, Range(0)] = 0  # real images whose fakes D and C see at once; 0: all M. It bounds memory alone
 
     NO_INFLUENCE = ("microbatch",)
@@ -229,6 +231,12 @@ def gradients(
         add("classifier", tuple(given))
         for name, value in (("d_loss", d_loss), ("g_loss", adversarial), ("information", information)):
             totals[name] = totals[name] + value.detach()
+
+    if config.class_entropy != "left_out":  # of eq. (4) as well, and of α alone
+        a = weights.clone().requires_grad_()
+        entropy = class_entropy(a, config.class_entropy)
+        owed_alpha += torch.autograd.grad(-entropy, a)[0]
+        totals["information"] = totals["information"] - entropy.detach()
 
     add("discriminator", torch.autograd.grad(on_real, mine["discriminator"], owed_real, retain_graph=True))
     add("classifier", torch.autograd.grad(alpha, mine["classifier"], owed_alpha))

@@ -134,6 +134,15 @@ def test_the_information_loss_by_hand():
     assert information_loss(logits, alpha, "component").item() == pytest.approx(hard, rel=1e-5)
 
 
+def test_the_class_entropy_by_hand():
+    def entropy(row):
+        return -sum(p * math.log(p) for p in row)
+
+    mean = [(a + b) / 2 for a, b in zip(*ALPHA, strict=True)]
+    assert model.class_entropy(torch.tensor(ALPHA), "batch").item() == pytest.approx(entropy(mean) / 3, rel=1e-5)
+    assert model.class_entropy(torch.tensor(ALPHA), "image").item() == pytest.approx(sum(map(entropy, ALPHA)) / 2 / 3, rel=1e-5)
+
+
 def test_entropy_share():
     assert model.entropy_share(torch.full((4, 5), 0.2)).item() == pytest.approx(1)
     assert model.entropy_share(torch.eye(5)).item() == 0
@@ -182,9 +191,12 @@ def literal(networks, given: train.Batch, config: train.Config) -> dict[str, lis
     def judge(image):
         return networks["discriminator"](networks["encoder"](image))[0, 0]
 
-    d_value = g_value = information = 0.0
+    alphas = [classify(given.real[i : i + 1]).softmax(-1) for i in range(m)]
+    entropies = {"left_out": [], "batch": [sum(alphas) / m], "image": alphas}[config.class_entropy]
+    d_value = g_value = 0.0
+    information = sum((p * p.log()).sum() / k / len(entropies) for p in entropies)
     for i in range(m):
-        alpha = classify(given.real[i : i + 1]).softmax(-1)
+        alpha = alphas[i]
         fixed = alpha.detach()
         in_adversarial = alpha if config.adversarial_moves_classifier else fixed
         in_information = alpha if config.alpha_in_information == "trained" else fixed
@@ -207,7 +219,7 @@ def literal(networks, given: train.Batch, config: train.Config) -> dict[str, lis
 
 SWITCHES = [
     {}, {"classifier": "standalone"}, {"saturating": True}, {"target": "component"}, {"information_moves": "all"},
-    {"adversarial_moves_classifier": False}, {"alpha_in_information": "trained"},
+    {"adversarial_moves_classifier": False}, {"alpha_in_information": "trained"}, {"class_entropy": "batch"}, {"class_entropy": "image"},
     {"classifier": "standalone", "information_moves": "all", "alpha_in_information": "trained"},
 ]  # fmt: skip
 
@@ -231,7 +243,7 @@ def test_who_is_moved_by_which_loss(switches, monkeypatch):
     """Each loss alone, the others set to nothing: which player then has a gradient."""
 
     def moved(kept: str) -> set[str]:
-        for name in ("discriminator_loss", "generator_loss", "information_loss"):
+        for name in ("discriminator_loss", "generator_loss", "information_loss", "class_entropy"):
             own = getattr(model, name)
             monkeypatch.setattr(train, name, own if name == kept else lambda *a, own=own: 0 * own(*a))
         config = small(**switches)
@@ -241,6 +253,7 @@ def test_who_is_moved_by_which_loss(switches, monkeypatch):
     assert moved("discriminator_loss") == {"discriminator"}  # α is fixed there
     assert moved("generator_loss") == {"generator"} | ({"classifier"} if switches.get("adversarial_moves_classifier", True) else set())
     assert moved("information_loss") == {"classifier"} | ({"generator"} if switches.get("information_moves") == "all" else set())
+    assert moved("class_entropy") == ({"classifier"} if "class_entropy" in switches else set())
 
 
 def test_a_step_takes_all_gradients_before_it_moves_anything():
