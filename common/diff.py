@@ -187,6 +187,24 @@ def other_data(record: dict) -> str | None:
     return None
 
 
+def complete(paper: str, runs: Path) -> dict[str, list[dict[str, float]]]:
+    """The metrics of every complete run by experiment, one for each seed: the reference's, and those under `runs` for other seeds.
+
+    What is left out is said.
+    """
+    found: dict[str, dict[int, dict]] = {}
+    for source in (yours(paper, runs), references(paper)):
+        for experiment, several in source.items():
+            config = config_of(paper, experiment)
+            for record in several:
+                reason = "an experiment that is not there" if config is None else not_comparable(record, config)
+                if reason:
+                    print(f"{experiment} seed {record['seed']}: left out: {reason}")
+                else:
+                    found.setdefault(experiment, {})[record["seed"]] = record["metrics"]
+    return {experiment: list(seeds.values()) for experiment, seeds in found.items()}
+
+
 @dataclass(frozen=True)
 class Sample:
     """The values of one metric over the seeds of one experiment that count, their precisions, and why others do not count."""

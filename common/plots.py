@@ -1,5 +1,7 @@
 """Pictures: grids of images, heat maps, curves, scatters."""
 
+import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -121,6 +123,20 @@ def save_error_curves(panels: dict[str, dict[str, tuple]], path: Path, x_label: 
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     _save(figure, path)
+
+
+def curve(several: Sequence[dict[str, float]], prefix: str) -> tuple[list[float], list[float], list[float]]:
+    """x, mean and standard error over seeds of the metrics prefix_x of each run; an error of 0 where there is one seed."""
+    names = sorted((name for name in several[0] if name.startswith(prefix)), key=lambda name: float(name.removeprefix(prefix)))
+    columns = [[metrics[name] for metrics in several] for name in names]
+    errors = [statistics.stdev(column) / math.sqrt(len(column)) if len(column) > 1 else 0.0 for column in columns]
+    xs = [float(name.removeprefix(prefix)) for name in names]
+    return xs, [statistics.fmean(column) for column in columns], errors
+
+
+def named(name: str, several: Sequence) -> str:
+    """A curve's name, with how many seeds it is of."""
+    return f"{name} ({len(several)} seed{'s' * (len(several) > 1)})"
 
 
 def save_course(rows: Sequence[dict], path: Path, names: Sequence[str] = ()) -> None:

@@ -119,6 +119,7 @@ def table_6(trained: Trained, data: Dataset, scorer: Scorer, seed: int) -> dict[
         best = max(rows, key=lambda row: row["inception_score"])
         found |= {"inception_score_best": best["inception_score"], "inception_score_best_deviation": best["inception_score_deviation"]}
         found["fid_best"] = min(row["fid"] for row in rows)
+        found |= {f"{name}_after_{row['epoch']}": row[name] for row in rows for name in ("inception_score", "fid")}  # Fig. 4
     else:
         print("the best scores over epochs left out: this run was trained without the Inception weights")
     return found | scorer.of_real_images(data, seed)
@@ -128,7 +129,7 @@ def table_6(trained: Trained, data: Dataset, scorer: Scorer, seed: int) -> dict[
 
 
 def figures(trained: Trained, folder: Path, seed: int) -> None:
-    """Samples of each Gaussian and the way from one to the next (Fig. 2), three Gaussians (Fig. 3), the course of training (Fig. 4)."""
+    """Samples of each Gaussian and the way from one to the next (Fig. 2), three Gaussians (Fig. 3), the course of training."""
     k = trained.config.components
     plots.save_course(trained.state["rows"], folder / "training.png", CURVES)
     made = trained.sample(torch.eye(k).repeat_interleave(10, 0), seed)
@@ -166,7 +167,7 @@ def triangle(k: int) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run.evaluate_from("gan_responsibility", evaluate, argv, shown=lambda name: "_of_" not in name)
+    run.evaluate_from("gan_responsibility", evaluate, argv, shown=lambda name: "_of_" not in name and "_after_" not in name)
 
 
 if __name__ == "__main__":

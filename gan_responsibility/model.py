@@ -141,7 +141,8 @@ def class_entropy(alpha: Tensor, of: str) -> Tensor:
     of: "batch", c ~ the mean of α over the M images, the distribution of the classes; or "image", c ~ α_i, the mean over the images.
     """
     p = alpha.mean(0, keepdim=True) if of == "batch" else alpha
-    return -torch.special.xlogy(p, p).sum(-1).mean() / alpha.shape[1]
+    log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()  # at p = 0 the gradient must be a number
+    return -(p * log_p).sum(-1).mean() / alpha.shape[1]
 
 
 def entropy_share(alpha: Tensor) -> Tensor:

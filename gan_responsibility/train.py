@@ -86,7 +86,7 @@ class Config(Task):
     target: Literal["alpha", "component"] = "alpha"  # of eq. (4): the real image's α_i for every k, or k itself
     information_moves: Literal["classifier", "all"] = "classifier"  # Algorithm 1, line 13; or G, μ and A as well, Sec. 2.4
     adversarial_moves_classifier: bool = True  # through α, Algorithm 1, line 12
-    alpha_in_information: Literal["fixed", "trained"] = "fixed"  # whether eq. (4) reaches C through the real images' α too
+    alpha_in_information: Literal["fixed", "trained"] = "fixed"  # whether the cross-entropy in eq. (4) moves the real images' α too
     class_entropy: Literal["left_out", "batch", "image"] = "left_out"  # H(c) of eq. (4): of the mean of α over the batch, or of each α_i
     microbatch: Annotated[int, Range(0)] = 0  # real images whose fakes D and C see at once; 0: all M. It bounds memory alone
 
@@ -232,7 +232,7 @@ def gradients(
         for name, value in (("d_loss", d_loss), ("g_loss", adversarial), ("information", information)):
             totals[name] = totals[name] + value.detach()
 
-    if config.class_entropy != "left_out":  # of eq. (4) as well, and of α alone
+    if config.class_entropy != "left_out":  # the other term of eq. (4): it depends on α alone, and moves it
         a = weights.clone().requires_grad_()
         entropy = class_entropy(a, config.class_entropy)
         owed_alpha += torch.autograd.grad(-entropy, a)[0]
@@ -335,6 +335,8 @@ def train(config: Task, options: run.Options) -> Path:
     device = run.set_up(options)
     data = load(config.dataset, options.data, options.unofficial_data)
     if config.n_components is None:
+        if data.n_classes < 2:
+            raise run.UserError(f"n_components: {data.name} has one class, and a mixture needs at least two; give --n-components")
         config = replace(config, n_components=data.n_classes)
     if config.batch > len(data.train_images):
         raise run.UserError(f"batch: {config.batch} is more than the {len(data.train_images)} training images")
@@ -402,7 +404,9 @@ def say_if_collapsed(rows: list[dict], k: int) -> None:
     if row.get("largest_weight", 0.0) > ALL:
         print(f"epoch {row['epoch']}: α has collapsed: {100 * row['largest_weight']:.1f} % of its mass on one Gaussian", flush=True)
     elif row.get("alpha_information", 1.0) < NOTHING:
-        word = "is the same again" if any(earlier["alpha_information"] >= NOTHING for earlier in rows) else "is still the same"
+        word = (
+            "is nearly the same again" if any(earlier["alpha_information"] >= NOTHING for earlier in rows) else "is still nearly the same"
+        )
         print(
             f"epoch {row['epoch']}: α {word} for every image: k tells {100 * row['alpha_information']:.2f} % of log {k} of x, "
             f"entropy {100 * row['alpha_entropy']:.1f} %",

@@ -6,12 +6,11 @@ Figures 3 and 4 need the runs themselves (seed 0 of each); 2, 5 and 7 take the r
 every seed of each, with standard errors. What is missing is said and left out.
 """
 
-import math
-import statistics
 import time
 from pathlib import Path
 
 from common import diff, plots, run
+from common.plots import curve, named
 from gmgan import toy
 from gmgan.eval import MULTIPLIERS, load_run
 
@@ -21,35 +20,6 @@ PAIRS = {  # Fig. 7's two columns: the experiments behind each curve
     "supervised": {"AC-GAN": "{}-acgan", "GM-GAN": "{}-supervised", "GM-GAN, dynamic": "{}-supervised-dynamic"},
     "unsupervised": {"GAN": "{}-gan", "GM-GAN": "{}", "GM-GAN, dynamic": "{}-dynamic"},
 }
-
-
-def records(runs: Path) -> dict[str, list[dict[str, float]]]:
-    """The metrics of every complete run by experiment, one for each seed: the reference's, and those under `runs` for other seeds."""
-    found: dict[str, dict[int, dict]] = {}
-    for source in (diff.yours("gmgan", runs), diff.references("gmgan")):
-        for experiment, several in source.items():
-            config = diff.config_of("gmgan", experiment)
-            for record in several:
-                reason = "an experiment that is not there" if config is None else diff.not_comparable(record, config)
-                if reason:
-                    print(f"{experiment} seed {record['seed']}: left out: {reason}")
-                else:
-                    found.setdefault(experiment, {})[record["seed"]] = record["metrics"]
-    return {experiment: list(seeds.values()) for experiment, seeds in found.items()}
-
-
-def curve(several: list[dict[str, float]], prefix: str) -> tuple[list[float], list[float], list[float]]:
-    """x, mean and standard error over seeds of the metrics prefix_x; an error of 0 where there is one seed."""
-    names = sorted((name for name in several[0] if name.startswith(prefix)), key=lambda name: float(name.removeprefix(prefix)))
-    columns = [[metrics[name] for metrics in several] for name in names]
-    errors = [statistics.stdev(column) / math.sqrt(len(column)) if len(column) > 1 else 0.0 for column in columns]
-    xs = [float(name.removeprefix(prefix)) for name in names]
-    return xs, [statistics.fmean(column) for column in columns], errors
-
-
-def named(name: str, several: list) -> str:
-    """A curve's name, with how many seeds it is of."""
-    return f"{name} ({len(several)} seed{'s' * (len(several) > 1)})"
 
 
 def figures_3_and_4(runs: Path, out: Path) -> None:
@@ -133,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     out = options.out or options.runs / "gmgan" / "figures"
     started = time.time()
     figures_3_and_4(options.runs, out)
-    found = records(options.runs)
+    found = diff.complete("gmgan", options.runs)
     for figure in (figure_2, figure_4_curves, figure_5, figure_7):
         figure(found, out)
     made = sorted(path.name for path in out.glob("figure-*.png") if path.stat().st_mtime >= started - 1)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from common import classifier, diff, run
+from common import classifier, diff, plots, run
 from common.data import Dataset
 from gmgan import acgan, cluster, kmeans, scores, toy, train
 from gmgan import eval as gmgan_eval
@@ -663,7 +663,7 @@ def test_samples_use_the_running_means_and_leave_the_mode_alone():
 
 def test_curves_of_figure_7_are_means_with_standard_errors():
     several = [{"q_at_0.5": 1.0, "q_at_1.0": 3.0, "q_at_10.0": 0.0, "other": 9.0}, {"q_at_0.5": 2.0, "q_at_1.0": 3.0, "q_at_10.0": 4.0}]
-    x, mean, error = gmgan_figures.curve(several, "q_at_")
+    x, mean, error = plots.curve(several, "q_at_")
     assert x == [0.5, 1.0, 10.0] and mean == [1.5, 3.0, 2.0]
     assert error == pytest.approx([math.sqrt(0.5) / math.sqrt(2), 0, math.sqrt(8) / math.sqrt(2)])
 
