@@ -5,14 +5,15 @@
 Writes eval.json and figures/ into the run's folder.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from amm.model import bayes_classes
-from amm.train import Config, Split, as_input, draw, infer, many_to_one_error, mixture, split
+from amm.model import sampled
+from amm.train import Config, Split, as_input, by_bayes, draw, error, infer, split
 from common import plots, run
 from common.data import Dataset, load
 from common.metrics import contingency, error_rate
@@ -50,8 +51,7 @@ class Trained:
 
     def bayes(self, z: Tensor, priors: Tensor) -> Tensor:
         """ŷ_z, eq. (19), (N,), under the learned mixture and p(y) (K,)."""
-        means, log_variances = (t.cpu() for t in mixture(self.networks, self.config.n_components))
-        return torch.cat([bayes_classes(part, means, log_variances, priors) for part in z.split(2000)])
+        return by_bayes(self.networks, self.config.n_components, z, priors)
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Trained:
@@ -66,11 +66,19 @@ def evaluate(options: run.Options) -> dict:
     trained = load_run(folder, device)
     data = load(trained.config.dataset, options.data, options.unofficial_data)
     run.check_data(folder, trained.state, data)
+    if len(data.test_images) < 2:
+        raise run.UserError(f"{data.name} has {len(data.test_images)} test image; the figures need at least 2")
     s = split(trained.config, data, options.seed)
     metrics = predictions(trained, data.test_images, data.test_labels, s.priors, data.n_classes)
     if trained.config.validation:
         on_validation = predictions(trained, s.validation_images, s.validation_labels, s.priors, data.n_classes)
         metrics |= {f"{name}_validation": value for name, value in on_validation.items() if "purity_of" not in name}
+    if data.n_classes > 1:
+        metrics |= in_other_modes(trained, data, s.priors, options.seed)
+        if rows := [row for row in trained.state["rows"] if "test_error" in row]:
+            metrics["error_best_on_validation"] = min(rows, key=lambda row: row["validation_error"])["test_error"]
+    else:
+        print(f"{data.name} has one class: what needs labels is left out")
     result = run.record(options, trained.config, trained.state, metrics, device)
     run.write_json(folder / "eval.json", result)
     figures(trained, data, s, folder / "figures", options.seed)
@@ -85,29 +93,57 @@ def predictions(trained: Trained, images: Tensor, labels: Tensor, priors: Tensor
 
     AMM: errors by eq. (17), each cluster counting for its most frequent class, and (_one_to_one) with each class given to one cluster at
     most. SAMM: component k is class k. Beside them what the paper says in words: how often the two predictions agree; how pure a cluster
-    is, by G_y, on the mean and at worst; how many are noise; and purity_of_k of each that has images.
+    is, by G_y, on the mean and at worst; how many are noise; and purity_of_k of each that has images. Without labels, with n_classes 1,
+    agreement and empty clusters alone.
     """
     y, z = trained.infer(images)
     k, found = trained.config.n_components, {}
     both = {"": trained.bayes(z, priors), "_g_y": y.argmax(1)}
+    agreement = {"agreement": 100 - error_rate(both[""], both["_g_y"])}
+    if n_classes < 2:
+        return agreement | {"empty_clusters": float(k - len(both["_g_y"].unique()))}
     for suffix, predicted in both.items():
-        if trained.config.semi_supervised:
-            found[f"error{suffix}"] = error_rate(predicted, labels)
-        else:
-            table = contingency(predicted, labels, k, n_classes)
-            found[f"error{suffix}"] = many_to_one_error(table)
-            found[f"error_one_to_one{suffix}"] = one_to_one_error(table)
+        found[f"error{suffix}"] = error(predicted, labels, trained.config, n_classes)
+        if not trained.config.semi_supervised:
+            found[f"error_one_to_one{suffix}"] = one_to_one_error(contingency(predicted, labels, k, n_classes))
     table = contingency(both["_g_y"], labels, k, n_classes)
     used = table.sum(1).nonzero()[:, 0]
     purity = table[used].amax(1) / table[used].sum(1)
     found |= {f"purity_of_{i}": 100 * share for i, share in zip(used.tolist(), purity.tolist(), strict=True)}
-    return found | {
-        "agreement": 100 - error_rate(both[""], both["_g_y"]),
-        "purity": 100 * purity.mean().item(),
-        "least_purity": 100 * purity.min().item(),
-        "noise_clusters": float((purity < NOISE).sum()),
-        "empty_clusters": float(k - len(used)),
-    }
+    return (
+        found
+        | agreement
+        | {
+            "purity": 100 * purity.mean().item(),
+            "least_purity": 100 * purity.min().item(),
+            "noise_clusters": float((purity < NOISE).sum()),
+            "empty_clusters": float(k - len(used)),
+        }
+    )
+
+
+@torch.no_grad()
+def in_other_modes(trained: Trained, data: Dataset, priors: Tensor, seed: int) -> dict[str, float]:
+    """Test errors in percent under other readings of "test time", of which the paper says nothing: by eq. (19), and (_g_y) by argmax G_y.
+
+    _batch_statistics: batch normalisation by the statistics of each batch, as large as in training; _sampled: y and z with their noise.
+    """
+    encoder = copy.deepcopy(trained.networks["encoder"])
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train()
+    torch.manual_seed(seed)
+    codes = {"batch_statistics": [], "sampled": []}
+    for images in data.test_images.tensor_split(max(1, len(data.test_images) // trained.config.batch)):
+        x = as_input(images.to(trained.device))
+        codes["batch_statistics"].append([of[0].cpu() for of in encoder(x)])
+        codes["sampled"].append([sampled(*of).cpu() for of in trained.networks["encoder"](x)])
+    found = {}
+    for name, parts in codes.items():
+        h, z = (torch.cat(both) for both in zip(*parts, strict=True))
+        found[f"error_{name}"] = error(trained.bayes(z, priors), data.test_labels, trained.config, data.n_classes)
+        found[f"error_g_y_{name}"] = error(h.argmax(1), data.test_labels, trained.config, data.n_classes)
+    return found
 
 
 def one_to_one_error(table: Tensor) -> float:
@@ -151,7 +187,7 @@ def figures(trained: Trained, data: Dataset, s: Split, folder: Path, seed: int) 
     title = "Test images and, below each row, their reconstructions"
     plots.save_labelled_grid(pairs.flatten(0, 2), folder / "reconstructions.png", columns, title)
 
-    n = min(10, len(data.test_images) // 2)  # a data set has two classes, each with a test image
+    n = min(10, len(data.test_images) // 2)
     ends = torch.randperm(len(data.test_images), generator=generator)[: 2 * n].view(n, 2)
     t = torch.linspace(0, 1, STEPS)[None, :, None]
     between = [code[ends[:, :1]] + t * (code[ends[:, 1:]] - code[ends[:, :1]]) for code in (y, z)]  # (n, STEPS, …)

@@ -40,6 +40,9 @@ class InputDropout(nn.Module):
         super().__init__()
         self.p = p
 
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p:
             return x
@@ -49,6 +52,11 @@ class InputDropout(nn.Module):
         edge = round(self.p * 2**16) - 2**15
         kept = bits.clamp(edge - 1, edge).sub_(edge - 1)  # 1 where bits >= edge, else 0: a comparison takes eight times as long
         return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
+
+
+def input_dropout(p: float) -> nn.Module:
+    """What stands before a layer whose row has this number in the tables' dropout column."""
+    return InputDropout(p) if p else nn.Identity()
 
 
 def sampled(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -78,10 +86,10 @@ class Coupled(nn.Module):
     def __init__(self, inputs: int, layer: Layer, n_components: int, receiver: str, labelled: bool, pool: int = 1):
         super().__init__()
         channels, width, stride, p = layer
-        self.dropout = InputDropout(p)
+        self.dropout = input_dropout(p)
         self.y, self.z = (nn.Conv2d(inputs, channels, width, stride) for _ in "yz")
         self.y_norm, self.z_norm = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
-        self.receiver, self.pool = receiver, nn.AvgPool2d(pool) if pool > 1 else nn.Identity()
+        self.receiver, self.leak, self.pool = receiver, nn.LeakyReLU(LEAK), nn.AvgPool2d(pool) if pool > 1 else nn.Identity()
         # Of SAMM under eq. (6): a known label in place of what the y stream would say.
         self.label = nn.Linear(n_components, channels) if labelled and receiver == "z" else None
 
@@ -95,7 +103,7 @@ class Coupled(nn.Module):
         return self._activated(self.y_norm(y)), self._activated(self.z_norm(z))
 
     def _activated(self, x: Tensor) -> Tensor:
-        return self.pool(F.leaky_relu(x, LEAK))
+        return self.pool(self.leak(x))
 
 
 class Encoder(nn.Module):
@@ -131,7 +139,7 @@ def svhn_images(channels: int, norm: bool) -> nn.Sequential:
     """Tables 7 and 10, x_1 to x_7: 32-32-32-16-16-16-8-6, the layout of the networks that the dagger in Table 2 points to."""
     layers: list[nn.Module] = []
     for out, width, padding, pool, p in SVHN_IMAGES:
-        layers += [InputDropout(p)] if p and not norm else []
+        layers += [] if norm else [input_dropout(p)]
         layers.append(nn.Conv2d(channels, out, width, padding=padding))
         layers += [nn.BatchNorm2d(out)] if norm else []
         layers.append(nn.LeakyReLU(LEAK))
@@ -152,7 +160,7 @@ class Components(nn.Module):
         layers: list[nn.Module] = []
         if shape[1] == 28:
             for p in (0.0, 0.2):
-                layers += [InputDropout(p), nn.Linear(channels, 64), nn.BatchNorm1d(64), nn.LeakyReLU(LEAK)]
+                layers += [input_dropout(p), nn.Linear(channels, 64), nn.BatchNorm1d(64), nn.LeakyReLU(LEAK)]
                 channels = 64
         self.body = nn.Sequential(*layers)
         self.mean = nn.Linear(channels, latent_dim)
@@ -170,10 +178,11 @@ class Decoder(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int], n_components: int, latent_dim: int):
         super().__init__()
+        self.leak, self.sigmoid = nn.LeakyReLU(LEAK), nn.Sigmoid()
         inputs_y, inputs_z = n_components, latent_dim
         self.y, self.z, self.y_norms, self.z_norms, self.dropouts = (nn.ModuleList() for _ in range(5))
         for channels, width, stride, p in MNIST_DECODER if shape[1] == 28 else SVHN_DECODER:
-            self.dropouts.append(InputDropout(p))
+            self.dropouts.append(input_dropout(p))
             self.y.append(nn.ConvTranspose2d(inputs_y, channels, width, stride))
             self.z.append(nn.ConvTranspose2d(inputs_z, channels, width, stride))
             if channels != shape[0]:
@@ -187,8 +196,8 @@ class Decoder(nn.Module):
         for i, dropout in enumerate(self.dropouts):
             y, z = self.y[i](dropout(y)), self.z[i](dropout(z))
             if i < len(self.y_norms):
-                y, z = self.y_norms[i](y + z), F.leaky_relu(self.z_norms[i](z), LEAK)
-        return wide(y + z).sigmoid()
+                y, z = self.y_norms[i](y + z), self.leak(self.z_norms[i](z))
+        return self.sigmoid(wide(y + z))
 
 
 # --------------------------------------------------------------------------------------------------------- discriminator
@@ -202,7 +211,7 @@ class Discriminator(nn.Module):
         if shape[1] == 28:
             layers, channels = [], shape[0]
             for out, width, stride, p in MNIST_IMAGES:
-                layers += [InputDropout(p), nn.Conv2d(channels, out, width, stride), nn.LeakyReLU(LEAK)]
+                layers += [input_dropout(p), nn.Conv2d(channels, out, width, stride), nn.LeakyReLU(LEAK)]
                 channels = out
             self.x, code, p = nn.Sequential(*layers), 64, 0.2
         else:
@@ -219,7 +228,7 @@ class Discriminator(nn.Module):
     def _dense(sizes: list[int], dropouts: list[float]) -> nn.Sequential:
         layers: list[nn.Module] = []
         for fan_in, fan_out, p in zip(sizes, sizes[1:], dropouts, strict=False):
-            layers += [InputDropout(p), nn.Linear(fan_in, fan_out), nn.LeakyReLU(LEAK)]
+            layers += [input_dropout(p), nn.Linear(fan_in, fan_out), nn.LeakyReLU(LEAK)]
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from amm.model import (
     Decoder,
     Discriminator,
     Encoder,
+    bayes_classes,
     decoder_loss,
     discriminator_loss,
     encoder_loss,
@@ -41,6 +42,7 @@ SETS = {  # data set: image shape, classes; None: the number is found in the fol
     "folder": ((1, 28, 28), None),
 }
 SVHN_TRAIN = 73_257  # images of svhn_extra that are train's: the first ones
+CHECKED = 5_000  # training images on which an epoch is judged where none are held out
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def examples(config: Config) -> dict[str, Tensor | tuple[Tensor, ...]]:
     return {"encoder": x, "components": y, "decoder": (y, z), "discriminator": (x, y, z)}
 
 
-PLAYERS = {"discriminator": ("discriminator",), "decoder": ("decoder", "components"), "encoder": ("encoder",)}  # each its own optimiser
+# Each has its own optimiser. In Algorithm 1's order; Algorithm 2's is another, which is the same here: no gradient is taken in between.
+PLAYERS = {"discriminator": ("discriminator",), "decoder": ("decoder", "components"), "encoder": ("encoder",)}
 
 
 class Batch(NamedTuple):
@@ -164,12 +167,10 @@ def gradients(
     for player, names in PLAYERS.items():
         parameters = [p for name in names for p in networks[name].parameters()]
         found[player] = list(torch.autograd.grad(losses[player], parameters, retain_graph=player != "encoder"))
-    used = games[0].inferred[1].detach().mean(0)
     terms = {f"{player}_loss": loss for player, loss in losses.items()} | {
         "penalty": penalty,
         "d_inferred": torch.cat([q for q, _ in pairs]).sigmoid().mean(),
         "d_generated": torch.cat([p for _, p in pairs]).sigmoid().mean(),
-        "components_entropy": -torch.special.xlogy(used, used).sum() / math.log(config.n_components),
     }
     return found, terms
 
@@ -177,8 +178,8 @@ def gradients(
 def play(networks: dict[str, nn.Module], x: Tensor, label: Tensor | None, priors: Tensor, config: Config) -> Game:
     """The samples of one game, in the order of Algorithm 1.
 
-    x: (M, C, H, W); label: (M, K) one-hot, or None where y is inferred. Under eq. (7) the listing's lines for ỹ and z̃ change places: z̃ is
-    drawn from x alone and ỹ from x and what z̃ is made of.
+    x: (M, C, H, W); label: (M, K) one-hot, or None where y is inferred. The listing, for eq. (6), draws z̃ given ỹ. Under eq. (7) it is ỹ
+    that depends on z̃'s stream; both come from streams joined before any draw, so that the order of the two draws says nothing.
     """
     components = torch.multinomial(priors, len(x), replacement=True)
     y = F.one_hot(components, config.n_components).to(x.dtype)  # y ~ p(y)
@@ -210,6 +211,13 @@ class Split(NamedTuple):
 
 def split(config: Config, data: Dataset, seed: int) -> Split:
     """Training and validation images, the labelled ones, p(y). Raises UserError where they cannot fit."""
+    if config.semi_supervised:
+        if data.n_classes < 2:
+            raise run.UserError(f"{data.name} has {data.n_classes} class; labels need at least 2")
+        if config.n_components != data.n_classes:
+            raise run.UserError(f"n_components: {config.n_components} cannot stand for the {data.n_classes} classes of {data.name}")
+        if config.n_labels < data.n_classes:
+            raise run.UserError(f"n_labels: {config.n_labels} labels are fewer than the {data.n_classes} classes of {data.name}")
     # Of svhn_extra the images of extra are only ever trained on: what is held out, and what is labelled, is of train.
     pool, held = len(data.train_images), config.validation
     if data.name == "svhn_extra":
@@ -224,12 +232,6 @@ def split(config: Config, data: Dataset, seed: int) -> Split:
     images, labels = (part[torch.cat([kept, extra])] for part in (data.train_images, data.train_labels))
     known, priors = torch.arange(0), torch.full((config.n_components,), 1 / config.n_components)
     if config.semi_supervised:
-        if data.n_classes < 2:
-            raise run.UserError(f"{data.name} has {data.n_classes} class; labels need at least 2")
-        if config.n_components != data.n_classes:
-            raise run.UserError(f"n_components: {config.n_components} cannot stand for the {data.n_classes} classes of {data.name}")
-        if config.n_labels < data.n_classes:
-            raise run.UserError(f"n_labels: {config.n_labels} labels are fewer than the {data.n_classes} classes of {data.name}")
         known = choose_labels(labels[: len(kept)], config.n_labels, config.labels, data.n_classes, seed)
         priors = labels[known].bincount(minlength=config.n_components).float() / config.n_labels
     return Split(images, labels, data.train_images[out], data.train_labels[out], known, priors)
@@ -266,7 +268,7 @@ def train(config: Config, options: run.Options) -> Path:
     device = run.set_up(options)
     data = load(config.dataset, options.data, options.unofficial_data)
     s = split(config, data, options.seed)
-    images, validation_images = s.images.to(device), s.validation_images.to(device)
+    images = s.images.to(device)
     priors, known = s.priors.to(device), s.known.to(device)
     known_images, known_labels = as_input(images[known]), s.labels.to(device)[known]
 
@@ -285,30 +287,57 @@ def train(config: Config, options: run.Options) -> Path:
         r.resume(networks, optimizers, steps)
         while r.epoch < config.epochs:
             order = torch.randperm(len(images), generator=run.generator(options.seed, "order", r.epoch)).to(device)
-            cycle = torch.randperm(len(known), generator=run.generator(options.seed, "labelled", r.epoch)).to(device)
+            shuffles = run.generator(options.seed, "labelled", r.epoch)  # as often through the labelled images as the epoch needs
+            passes = -(-steps * m // len(known)) if len(known) else 1
+            cycle = torch.cat([torch.randperm(len(known), generator=shuffles) for _ in range(passes)]).to(device)
             while r.step < steps:
                 drawn = order[r.step * m :][:m]
-                known_drawn = cycle[(r.step * m + torch.arange(m, device=device)) % len(known)] if len(known) else drawn[:0]
+                known_drawn = cycle[r.step * m :][:m]
                 # Dropout draws from the global generators: a seed for each step, so that nothing has to be saved.
                 torch.manual_seed(run.generator(options.seed, "step", r.epoch, r.step).initial_seed())
                 batch = Batch(as_input(images[drawn]), known_images[known_drawn], known_labels[known_drawn])
                 r.after_step(train_step(networks, optimizers, batch, priors, config, options.precision))
-            more = {}
-            if config.validation:
-                more["validation_error_g_y"] = validation_error(networks, validation_images, s.validation_labels, config, data.n_classes)
-            r.after_epoch(**more)
+            r.after_epoch(**checks(networks, config, s, data, device))
             if path := r.sample_path():
                 save_grid(draw(networks, config, rows, run.generator(options.seed, "samples")), path, columns=10)
         r.finish()
     return r.folder
 
 
-def validation_error(networks: dict[str, nn.Module], images: Tensor, labels: Tensor, config: Config, n_classes: int) -> float:
-    """Of argmax G_y in percent: SAMM's plain error, AMM's by eq. (17)."""
-    found = infer(networks, images)[0].argmax(1)
+def checks(networks: dict[str, nn.Module], config: Config, s: Split, data: Dataset, device: torch.device) -> dict[str, float]:
+    """What an epoch has come to, on the validation images, or the first CHECKED training images where there are none.
+
+    components_used: how many components some image goes to by argmax G_y; components_entropy: the entropy of their frequencies, as a share
+    of log K. With validation images also errors in percent by eq. (19) and (_g_y) by argmax G_y; test_error is for the test error at the
+    epoch of the least validation error, which eval.py reports beside the last one.
+    """
+    images = s.validation_images if config.validation else s.images[:CHECKED]
+    h, z = infer(networks, images.to(device))
+    share = h.argmax(1).bincount(minlength=config.n_components) / len(h)
+    found = {
+        "components_used": float((share > 0).sum()),
+        "components_entropy": -torch.special.xlogy(share, share).sum().item() / math.log(config.n_components),
+    }
+    if config.validation and data.n_classes > 1:
+        k, n = config.n_components, data.n_classes
+        found["validation_error"] = error(by_bayes(networks, k, z, s.priors), s.validation_labels, config, n)
+        found["validation_error_g_y"] = error(h.argmax(1), s.validation_labels, config, n)
+        of_test = infer(networks, data.test_images.to(device))[1]
+        found["test_error"] = error(by_bayes(networks, k, of_test, s.priors), data.test_labels, config, n)
+    return found
+
+
+def by_bayes(networks: dict[str, nn.Module], k: int, z: Tensor, priors: Tensor) -> Tensor:
+    """ŷ_z, eq. (19), (N,), of codes z (N, D) on the CPU, under the learned mixture and p(y) (K,)."""
+    means, log_variances = (part.cpu() for part in mixture(networks, k))
+    return torch.cat([bayes_classes(part, means, log_variances, priors) for part in z.split(2000)])
+
+
+def error(predicted: Tensor, labels: Tensor, config: Config, n_classes: int) -> float:
+    """In percent: SAMM's plain error, component k being class k; AMM's by eq. (17)."""
     if config.semi_supervised:
-        return error_rate(found, labels)
-    return many_to_one_error(contingency(found, labels, config.n_components, n_classes))
+        return error_rate(predicted, labels)
+    return many_to_one_error(contingency(predicted, labels, config.n_components, n_classes))
 
 
 @torch.no_grad()

@@ -86,9 +86,12 @@ def save_points(points: Tensor, groups: Tensor, path: Path, title: str) -> None:
 
 
 def save_curves(curves: dict[str, tuple[Sequence[float], Sequence[float]]], path: Path, x_label: str, log: bool = False) -> None:
-    """One panel for each named curve (x, y), side by side; log: on logarithmic axes."""
-    figure, panels = _pyplot().subplots(1, len(curves), figsize=(3.2 * len(curves), 2.6), squeeze=False)
-    for axes, (name, (x, y)) in zip(panels[0], curves.items(), strict=True):
+    """One panel for each named curve (x, y), four to a row; log: on logarithmic axes."""
+    columns, rows = min(len(curves), 4), -(-len(curves) // 4)
+    figure, panels = _pyplot().subplots(rows, columns, figsize=(3.2 * columns, 2.6 * rows), squeeze=False)
+    for axes in panels.flat[len(curves) :]:
+        axes.set_visible(False)
+    for axes, (name, (x, y)) in zip(panels.flat, curves.items(), strict=False):
         axes.plot(x, y, linewidth=1)
         if log:
             axes.set_xscale("log")

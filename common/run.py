@@ -539,6 +539,7 @@ class Run:
         self.names: list[str] = []  # of the losses
         self.sums: Tensor | None = None  # of the losses since the epoch began, on the device
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # the first step that was not finite
+        self.bad: Tensor | None = None  # and which of its values
         self.seconds = 0.0  # of training, all sessions together
         self.signal = 0
 
@@ -631,8 +632,10 @@ class Run:
         self.step += 1
         self.total_steps += 1
         self.bar.update()
-        bad = ~torch.isfinite(values).all()
-        self.first_bad = torch.where(bad & (self.first_bad < 0), self.total_steps, self.first_bad)
+        bad = ~torch.isfinite(values)
+        first = bad.any() & (self.first_bad < 0)
+        self.bad = bad if self.bad is None else torch.where(first, bad, self.bad)
+        self.first_bad = torch.where(first, self.total_steps, self.first_bad)
         if self.signal or time.monotonic() - self.saved_at > self.options.save_every:
             self.save()
 
@@ -700,7 +703,8 @@ class Run:
 
     def _check_finite(self) -> None:
         if (step := int(self.first_bad)) >= 0:
-            self._fail("a loss or gradient was", step)
+            names = [name for name, bad in zip(self.names, self.bad.tolist(), strict=True) if bad]
+            self._fail(f"{', '.join(names)} {'were' if len(names) > 1 else 'was'}", step)
 
     def _fail(self, what: str, step: int) -> typing.NoReturn:
         kept = "the last good checkpoint is kept" if self.path.exists() else "nothing was saved"
@@ -813,20 +817,32 @@ def describe(networks: dict[str, torch.nn.Module], inputs: dict[str, typing.Any]
     lines = []
     for name, network in described.items():
         lines.append(f"{name}: {network['parameters']:,} parameters")
-        lines += [f"  {x['layer']:<24}{'×'.join(map(str, x['output'])):<14}{x['parameters']:>12,}" for x in network["layers"]]
+        for x in network["layers"]:
+            output = "×".join(map(str, x["output"])) if x["output"] else "(not called)"
+            lines.append(f"  {x['layer']:<24}{output:<14}{x['parameters']:>12,}  {x.get('settings', '')}".rstrip())
     lines += [f"total: {total:,} parameters", "config:"] + [f"  {key}: {value}" for key, value in values.items()]
     return "\n".join(lines)
 
 
 @torch.no_grad()
 def _trace(network: torch.nn.Module, example: Tensor | tuple[Tensor, ...], layers: list[dict]) -> None:
-    """Run `example` through `network` and note what each layer without sub-layers gives out, without the batch dimension."""
+    """Run `example` through `network` and note what each layer without sub-layers gives out, without the batch dimension.
+
+    Layers with parameters that the example does not pass come last, without an output.
+    """
+
+    def row(module: torch.nn.Module, output: list[int]) -> dict:
+        count = sum(p.numel() for p in module.parameters())
+        return {"layer": type(module).__name__, "output": output, "parameters": count, "settings": module.extra_repr()}
 
     def note(module: torch.nn.Module, _: object, output: Tensor) -> None:
-        count = sum(p.numel() for p in module.parameters())
-        layers.append({"layer": type(module).__name__, "output": list(output.shape[1:]), "parameters": count})
+        layers.append(row(module, list(output.shape[1:])))
+        waiting.discard(module)
 
-    hooks = [m.register_forward_hook(note) for m in network.modules() if not list(m.children())]
+    leaves = [m for m in network.modules() if not list(m.children()) and not isinstance(m, torch.nn.Identity)]
+    waiting = {m for m in leaves if list(m.parameters())}
+    hooks = [m.register_forward_hook(note) for m in leaves]
     network(*example) if isinstance(example, tuple) else network(example)
     for hook in hooks:
         hook.remove()
+    layers += [row(module, []) for module in leaves if module in waiting]
