@@ -352,6 +352,17 @@ def table(paper: str, mine: dict[str, list[dict]] | None, only: str | None = Non
     return rows
 
 
+def without_the_unmeasured(rows: list[list[str]]) -> tuple[list[list[str]], str]:
+    """`table`'s rows without those of ours that nobody has measured, and a sentence that says how many they are, or nothing."""
+
+    def measured(row: list[str]) -> bool:  # yours is shown with why it cannot be compared, where it cannot
+        return not row[4].startswith(("–", "not comparable")) or any(value != "–" for value in row[6:-1])
+
+    shown = [row for row in rows if row[0] != "ours" or measured(row)]
+    left = len(rows) - len(shown)
+    return shown, f"{left} more numbers that we measure beside them have no comparable run yet." if left else ""
+
+
 def rankings(paper: str, mine: dict[str, list[dict]] | None = None) -> list[list[str]]:
     """Whether the order that a published column puts its systems in is ours too, heads first. Without heads where there is none.
 
@@ -562,9 +573,7 @@ def blocks() -> dict[Path, str]:
         glance += [f"**[{paper}]({paper}/README.md)**", *([as_markdown([rows[0], *done])] if done else []), rest]
         order = rankings(paper)
         said = claims(paper)
-        shown = [row for row in rows if row[0] != "ours" or not row[4].startswith(("–", "not comparable"))]
-        left = len(rows) - len(shown)
-        waiting = f"{left} more numbers that we measure beside them have no comparable run yet: `make diff`." if left else ""
+        shown, waiting = without_the_unmeasured(rows)
         tables = [as_markdown(shown), waiting, *(as_markdown(block) for block in (order, said) if block)]
         body = [*tables, reference_runs(paper), pictures(paper)]
         path = ROOT / paper / "README.md"
@@ -665,7 +674,12 @@ def main(argv: list[str] | None = None) -> None:
                 run.check_experiment(paper, options.experiment)
             mine = yours(paper, options.runs)
             rows = table(paper, mine, options.experiment)
+            waiting = ""
+            if not options.experiment:
+                rows, waiting = without_the_unmeasured(rows)
             print(f"\n{paper}\n{as_text(rows) if len(rows) > 1 else f'no published number for {options.experiment}'}")
+            if waiting:
+                print(waiting)
             for more in (rankings(paper, mine), claims(paper, mine) if not options.experiment else []):
                 if more:
                     print(f"\n{as_text(more)}")

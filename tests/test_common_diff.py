@@ -383,3 +383,19 @@ def test_rankings_hold_our_order_against_the_published_one(house, tmp_path):
         ],
     ]
     assert diff.rankings("segma", {}) == []
+
+
+def test_what_nobody_has_measured_is_counted_not_listed():
+    head = ["where", "system", "experiment", "published", "reference", "difference", "yours", "verdict"]
+    ours = ["ours", "a number", "e", "–"]
+    kept = [
+        ["Table 1", "s", "e", "1", "–", "–", "–", "not run"],  # the paper's own always stand
+        [*ours, "2 (n=1)", "–", "–", "no published number"],
+        [*ours, "–", "–", "not comparable: 1 of 20 epochs", "not run"],
+    ]
+    dropped = [[*ours, "–", "–", "–", "not run"], [*ours, "not comparable: another config", "–", "–", "not comparable"]]
+    shown, said = diff.without_the_unmeasured([head, *kept, *dropped])
+    assert shown == [head, *kept] and said.startswith("2 more numbers")
+    without_yours = [row[:6] + row[7:] for row in (head, kept[1], dropped[0])]
+    assert diff.without_the_unmeasured(without_yours)[0] == without_yours[:2]
+    assert diff.without_the_unmeasured([head, *kept])[1] == ""
