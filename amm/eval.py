@@ -99,9 +99,9 @@ def predictions(trained: Trained, images: Tensor, labels: Tensor, priors: Tensor
     y, z = trained.infer(images)
     k, found = trained.config.n_components, {}
     both = {"": trained.bayes(z, priors), "_g_y": y.argmax(1)}
-    agreement = {"agreement": 100 - error_rate(both[""], both["_g_y"])}
+    agreement = 100 - error_rate(both[""], both["_g_y"])
     if n_classes < 2:
-        return agreement | {"empty_clusters": float(k - len(both["_g_y"].unique()))}
+        return {"agreement": agreement, "empty_clusters": float(k - len(both["_g_y"].unique()))}
     for suffix, predicted in both.items():
         found[f"error{suffix}"] = error(predicted, labels, trained.config, n_classes)
         if not trained.config.semi_supervised:
@@ -110,16 +110,13 @@ def predictions(trained: Trained, images: Tensor, labels: Tensor, priors: Tensor
     used = table.sum(1).nonzero()[:, 0]
     purity = table[used].amax(1) / table[used].sum(1)
     found |= {f"purity_of_{i}": 100 * share for i, share in zip(used.tolist(), purity.tolist(), strict=True)}
-    return (
-        found
-        | agreement
-        | {
-            "purity": 100 * purity.mean().item(),
-            "least_purity": 100 * purity.min().item(),
-            "noise_clusters": float((purity < NOISE).sum()),
-            "empty_clusters": float(k - len(used)),
-        }
-    )
+    return found | {
+        "agreement": agreement,
+        "purity": 100 * purity.mean().item(),
+        "least_purity": 100 * purity.min().item(),
+        "noise_clusters": float((purity < NOISE).sum()),
+        "empty_clusters": float(k - len(used)),
+    }
 
 
 @torch.no_grad()

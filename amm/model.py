@@ -54,11 +54,6 @@ class InputDropout(nn.Module):
         return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
 
 
-def input_dropout(p: float) -> nn.Module:
-    """What stands before a layer whose row has this number in the tables' dropout column."""
-    return InputDropout(p) if p else nn.Identity()
-
-
 def sampled(mean: Tensor, log_variance: Tensor) -> Tensor:
     """μ + ExpN, eqs. (8), (10), (12) with eq. (20): exp(s / 2) ε, ε ~ N(0, I)."""
     return mean + (log_variance / 2).exp() * torch.randn_like(mean)
@@ -86,7 +81,7 @@ class Coupled(nn.Module):
     def __init__(self, inputs: int, layer: Layer, n_components: int, receiver: str, labelled: bool, pool: int = 1):
         super().__init__()
         channels, width, stride, p = layer
-        self.dropout = input_dropout(p)
+        self.dropout = InputDropout(p)
         self.y, self.z = (nn.Conv2d(inputs, channels, width, stride) for _ in "yz")
         self.y_norm, self.z_norm = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
         self.receiver, self.leak, self.pool = receiver, nn.LeakyReLU(LEAK), nn.AvgPool2d(pool) if pool > 1 else nn.Identity()
@@ -139,7 +134,7 @@ def svhn_images(channels: int, norm: bool) -> nn.Sequential:
     """Tables 7 and 10, x_1 to x_7: 32-32-32-16-16-16-8-6, the layout of the networks that the dagger in Table 2 points to."""
     layers: list[nn.Module] = []
     for out, width, padding, pool, p in SVHN_IMAGES:
-        layers += [] if norm else [input_dropout(p)]
+        layers += [InputDropout(p)] if p and not norm else []
         layers.append(nn.Conv2d(channels, out, width, padding=padding))
         layers += [nn.BatchNorm2d(out)] if norm else []
         layers.append(nn.LeakyReLU(LEAK))
@@ -160,7 +155,7 @@ class Components(nn.Module):
         layers: list[nn.Module] = []
         if shape[1] == 28:
             for p in (0.0, 0.2):
-                layers += [input_dropout(p), nn.Linear(channels, 64), nn.BatchNorm1d(64), nn.LeakyReLU(LEAK)]
+                layers += [InputDropout(p), nn.Linear(channels, 64), nn.BatchNorm1d(64), nn.LeakyReLU(LEAK)]
                 channels = 64
         self.body = nn.Sequential(*layers)
         self.mean = nn.Linear(channels, latent_dim)
@@ -182,7 +177,7 @@ class Decoder(nn.Module):
         inputs_y, inputs_z = n_components, latent_dim
         self.y, self.z, self.y_norms, self.z_norms, self.dropouts = (nn.ModuleList() for _ in range(5))
         for channels, width, stride, p in MNIST_DECODER if shape[1] == 28 else SVHN_DECODER:
-            self.dropouts.append(input_dropout(p))
+            self.dropouts.append(InputDropout(p))
             self.y.append(nn.ConvTranspose2d(inputs_y, channels, width, stride))
             self.z.append(nn.ConvTranspose2d(inputs_z, channels, width, stride))
             if channels != shape[0]:
@@ -211,7 +206,7 @@ class Discriminator(nn.Module):
         if shape[1] == 28:
             layers, channels = [], shape[0]
             for out, width, stride, p in MNIST_IMAGES:
-                layers += [input_dropout(p), nn.Conv2d(channels, out, width, stride), nn.LeakyReLU(LEAK)]
+                layers += [InputDropout(p), nn.Conv2d(channels, out, width, stride), nn.LeakyReLU(LEAK)]
                 channels = out
             self.x, code, p = nn.Sequential(*layers), 64, 0.2
         else:
@@ -228,7 +223,7 @@ class Discriminator(nn.Module):
     def _dense(sizes: list[int], dropouts: list[float]) -> nn.Sequential:
         layers: list[nn.Module] = []
         for fan_in, fan_out, p in zip(sizes, sizes[1:], dropouts, strict=False):
-            layers += [input_dropout(p), nn.Linear(fan_in, fan_out), nn.LeakyReLU(LEAK)]
+            layers += [InputDropout(p), nn.Linear(fan_in, fan_out), nn.LeakyReLU(LEAK)]
         return nn.Sequential(*layers)
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
