@@ -646,7 +646,7 @@ class Run:
         now = time.monotonic()
         self.rows.append({"epoch": self.epoch + 1, **means, **more, "seconds": round(now - self.epoch_started, 3)})
         self.epoch_started = now
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, None
+        self.epoch, self.step, self.sums, self.bad = self.epoch + 1, 0, None, None  # the next may have other losses: M1, then M2
         self._write_log()
         shown = "  ".join(f"{name} {value:.4g}" for name, value in self.rows[-1].items() if name != "epoch")
         if self.bar.disable:
