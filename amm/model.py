@@ -257,18 +257,23 @@ def encoder_loss(rho_q: Tensor) -> Tensor:
     return F.softplus(rho_q).mean()
 
 
-def gradient_penalty(discriminator: nn.Module, first: tuple[Tensor, ...], second: tuple[Tensor, ...], t: Tensor) -> Tensor:
-    """Eq. (18) without λ: mean (‖∇ D‖₂ - 1)² of D's logit, jointly in (x, y, z), at points t of the way from `first` to `second`.
+def gradient_penalty(
+    discriminator: nn.Module, first: tuple[Tensor, ...], second: tuple[Tensor, ...], t: Tensor, norm: str = "joint"
+) -> Tensor:
+    """Eq. (18) without λ: mean (‖∇ D‖₂ - 1)² of D's logit, at points t of the way from `first` to `second`.
 
-    first, second: (x, y, z), each (M, …), without gradients; t: (M,), uniform. A scalar through which D's parameters have gradients.
+    first, second: (x, y, z), each (M, …), without gradients; t: (M,), uniform; norm: "joint", of the gradient in (x, y, z) together, or
+    "each", the sum of a penalty for x, one for y and one for z. A scalar through which D's parameters have gradients.
     """
     points = []
     for a, b in zip(first, second, strict=True):
         share = t.view(-1, *[1] * (a.dim() - 1))
         points.append((a + share * (b - a)).detach().requires_grad_())
     gradients = torch.autograd.grad(discriminator(*points).sum(), points, create_graph=True)
-    squares = sum(wide(g).flatten(1).square().sum(1) for g in gradients)
-    return ((squares + 1e-12).sqrt() - 1).square().mean()  # the root has no gradient at 0
+    squares = torch.stack([wide(g).flatten(1).square().sum(1) for g in gradients])  # (3, M)
+    if norm == "joint":
+        squares = squares.sum(0, keepdim=True)
+    return ((squares + 1e-12).sqrt() - 1).square().sum(0).mean()  # the root has no gradient at 0
 
 
 # -------------------------------------------------------------------------------------------------------- classification

@@ -30,6 +30,7 @@ from amm.model import (
 from common import run
 from common.data import Dataset, choose_labels, described, load
 from common.metrics import contingency, error_rate
+from common.optim import descend
 from common.plots import save_grid
 from common.run import Count, Decay, NonNegative, Positive, Range
 
@@ -58,6 +59,7 @@ class Config:
     n_labels: Count = 1000  # SAMM: training images whose class is known
     labels: Literal["random", "stratified", "first"] = "random"  # which ones
     penalty: NonNegative = 10.0  # λ of eq. (18)
+    penalty_norm: Literal["joint", "each"] = "joint"  # of D's gradient in x, y and z: eq. (18) as printed, or one penalty for each
     batch: Annotated[int, Range(2)] = 100  # M, images a step of each kind
     learning_rate: Positive = 2.0e-4  # α, Adam's, constant
     beta1: Decay = 0.5  # Adam's; its second one is 0.999
@@ -130,14 +132,7 @@ def train_step(
     priors: p(y), (K,). All gradients are taken from the same samples before any parameter moves; D's comes first in the listing.
     """
     found, terms = gradients(networks, batch, priors, config, precision)
-    norms = {}
-    for player, optimizer in optimizers.items():
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for p, gradient in zip(parameters, found[player], strict=True):
-            p.grad = gradient
-        norms[f"{player}_grad"] = torch.stack(torch._foreach_norm(found[player])).norm()
-        optimizer.step()
-    return terms | norms
+    return terms | {f"{player}_grad": descend(optimizer, found[player]) for player, optimizer in optimizers.items()}
 
 
 def gradients(
@@ -155,7 +150,7 @@ def gradients(
         rho = networks["discriminator"](*(torch.cat(parts) for parts in zip(*sides, strict=True)))
         ends = [[torch.cat([game[i][j] for game in games]).detach() for j in range(3)] for i in (0, 1)]
         between = torch.rand(len(ends[0][0]), device=device)
-        penalty = gradient_penalty(networks["discriminator"], *ends, between) if config.penalty else rho.new_zeros(())
+        penalty = gradient_penalty(networks["discriminator"], *ends, between, config.penalty_norm) if config.penalty else rho.new_zeros(())
     share = 1 / len(games)  # Algorithm 2 has 1 / 2M where Algorithm 1 has 1 / M
     pairs = [(rho[2 * i * m :][:m], rho[(2 * i + 1) * m :][:m]) for i in range(len(games))]
     losses = {

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.optim import descend
 from gan_responsibility import model
 from gan_responsibility.model import Mixture
-from gan_responsibility.train import Batch, Task, move, wide
+from gan_responsibility.train import Batch, Task, wide
 
 __all__ = ["Config", "build", "counts", "examples", "generate", "players", "train_step"]  # what every system brings
 
@@ -75,7 +76,7 @@ def train_step(
     mine = players(networks)
     found = {"discriminator": torch.autograd.grad(d_loss, mine["discriminator"], retain_graph=True)}
     found["generator"] = torch.autograd.grad(g_loss, mine["generator"])
-    return {"d_loss": d_loss, "g_loss": g_loss} | move(optimizers, mine, found)
+    return {"d_loss": d_loss, "g_loss": g_loss} | {f"{player}_grad": descend(optimizers[player], found[player]) for player in found}
 
 
 def generate(networks: dict[str, nn.Module], noise: Tensor, weights: Tensor) -> Tensor:

@@ -5,7 +5,6 @@
 Run it again to resume; `--describe` prints what would be trained. The same loop trains the two baselines, gan.py.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import inception, run
 from common.data import described, load
 from common.metrics import clustering_accuracy, contingency, normalised_mutual_information
+from common.optim import descend
 from common.plots import save_grid
 from common.run import Count, Decay, NonNegative, Positive, Range
 from gan_responsibility import model
@@ -161,18 +161,7 @@ def train_step(
     batch. An information near 0 or a weight near 1: α says nothing.
     """
     found, terms = gradients(networks, batch, config, precision)
-    return terms | move(optimizers, players(networks), found)  # lines 11 to 13
-
-
-def move(
-    optimizers: dict[str, torch.optim.Optimizer], mine: dict[str, list[nn.Parameter]], found: dict[str, Sequence[Tensor]]
-) -> dict[str, Tensor]:
-    """A step of every player down its gradients, whose norms are returned."""
-    for player, optimizer in optimizers.items():
-        for p, gradient in zip(mine[player], found[player], strict=True):
-            p.grad = gradient
-        optimizer.step()
-    return {f"{player}_grad": nn.utils.get_total_norm(found[player]) for player in optimizers}
+    return terms | {f"{player}_grad": descend(optimizer, found[player]) for player, optimizer in optimizers.items()}  # lines 11 to 13
 
 
 def gradients(

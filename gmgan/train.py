@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common import run
+from common import optim, run
 from common.data import Dataset, described, load
 from common.plots import save_grid, save_scatters
 from common.run import Count, Decay, NonNegative, Positive
@@ -201,10 +201,7 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
     Returns the gradient's norm, a scalar.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        p.grad = gradient
-    optimizer.step()
-    return nn.utils.get_total_norm([p.grad for p in parameters])
+    return optim.descend(optimizer, torch.autograd.grad(loss, parameters))
 
 
 # --------------------------------------------------------------------------------------------------------------- the loop
