@@ -93,8 +93,8 @@ def predictions(trained: Trained, images: Tensor, labels: Tensor, priors: Tensor
 
     AMM: errors by eq. (17), each cluster counting for its most frequent class, and (_one_to_one) with each class given to one cluster at
     most. SAMM: component k is class k. Beside them what the paper says in words: how often the two predictions agree; how pure a cluster
-    is, by G_y, on the mean and at worst; how many are noise; and purity_of_k of each that has images. Without labels, with n_classes 1,
-    agreement and empty clusters alone.
+    is, by G_y, on the mean and at worst; how many are noise; of how many clusters a class is the most frequent one, at least; and
+    purity_of_k of each that has images. Without labels, with n_classes 1, agreement and empty clusters alone.
     """
     y, z = trained.infer(images)
     k, found = trained.config.n_components, {}
@@ -115,6 +115,7 @@ def predictions(trained: Trained, images: Tensor, labels: Tensor, priors: Tensor
         "purity": 100 * purity.mean().item(),
         "least_purity": 100 * purity.min().item(),
         "noise_clusters": float((purity < NOISE).sum()),
+        "fewest_clusters": float(table[used].argmax(1).bincount(minlength=n_classes).min()),
         "empty_clusters": float(k - len(used)),
     }
 
@@ -174,6 +175,8 @@ def figures(trained: Trained, data: Dataset, s: Split, folder: Path, seed: int) 
 
     for name, predicted, title in (("g_y", by_g_y, "argmax of G_y"), ("bayes", by_bayes, "eq. (19)")):
         table = contingency(predicted, data.test_labels, k, data.n_classes)
+        if data.n_classes > 1:  # as above the paper's matrices
+            title += f": ACC {1 - error(predicted, data.test_labels, trained.config, data.n_classes) / 100:.4f}"
         plots.save_counts(table, folder / f"matrix_{name}.png", f"Test images by {title}", "component", "class")
 
     columns = min(10, len(data.test_images))
