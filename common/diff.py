@@ -231,14 +231,15 @@ class Sample:
 def counted(paper: str, entry: Entry, config) -> list[str] | None:
     """Reference, difference and verdict of a number that needs no training, since the networks as built have it; else None.
 
-    Such are the `counts` that the module of a config gives: `parameters`, and any other way of counting them.
+    Such are the `counts` that the module of a config gives: `parameters`, and any other way of counting them, which its `bookkeeping`
+    explains.
     """
     module = run.module_of(paper, {"module": getattr(config, "module", "train")})
     found = module.counts(config) if entry.better == "equal" and hasattr(module, "counts") else {}
     if entry.metric not in found:
         return None
     value, built = found[entry.metric], found["parameters"]
-    how = "as built" if value == built else f"counted as there; {built:,} as built"
+    how = "as built" if value == built else f"counted as there: {module.bookkeeping(found)}"
     return [f"{value:,} ({how})", f"{value - entry.value:+,}", verdict([value], entry)]
 
 

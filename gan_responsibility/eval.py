@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from common import plots, run
 from common.data import Dataset, load
 from common.metrics import contingency
-from gan_responsibility.model import entropy_share, information_share
+from gan_responsibility.model import shares
 from gan_responsibility.scores import JUDGE, Scorer
 from gan_responsibility.train import Task, all_responsibilities, clustering, drawn_from, mode_weights, sampled
 
@@ -86,8 +86,7 @@ def what_c_learned(trained: Trained, data: Dataset) -> dict[str, float]:
     """
     alpha = trained.responsibilities(data.test_images)
     found = clustering(alpha, data.test_labels, data.n_classes)
-    shares = {"alpha_entropy": entropy_share(alpha).item(), "alpha_information": information_share(alpha).item()}
-    found |= shares | {"largest_weight": alpha.mean(0).max().item()}
+    found |= {name: share.item() for name, share in shares(alpha).items()}
     on_train = trained.responsibilities(data.train_images)
     found |= {f"{name}_train": value for name, value in clustering(on_train, data.train_labels, data.n_classes).items()}
     if alpha.shape[1] == data.n_classes:

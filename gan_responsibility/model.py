@@ -153,3 +153,8 @@ def entropy_share(alpha: Tensor) -> Tensor:
 def information_share(alpha: Tensor) -> Tensor:
     """What k tells of x: entropy of the mean row of α (M, K) less the rows' mean entropy, as a share of log K. 0: all rows are the same."""
     return entropy_share(alpha.mean(0, keepdim=True)) - entropy_share(alpha)
+
+
+def shares(alpha: Tensor) -> dict[str, Tensor]:
+    """What α (N, K) says, as the log has it: alpha_entropy, alpha_information, and largest_weight, the largest of the K means of α."""
+    return {"alpha_entropy": entropy_share(alpha), "alpha_information": information_share(alpha), "largest_weight": alpha.mean(0).max()}

@@ -25,10 +25,9 @@ from gan_responsibility.model import (
     Mixture,
     class_entropy,
     discriminator_loss,
-    entropy_share,
     generator_loss,
     information_loss,
-    information_share,
+    shares,
 )
 from gan_responsibility.scores import SAMPLES, Scorer
 
@@ -121,7 +120,12 @@ def counts(config: Config) -> dict[str, float]:
         return {"parameters": total, "parameters_as_counted": total}
     own = sum(p.numel() for p in networks["classifier"][-1].parameters())
     shared = sum(p.numel() for p in model.shared_classifier(config.shape, config.components).parameters())
-    return {"parameters": total, "parameters_as_counted": total - own + shared}
+    return {"parameters": total, "parameters_as_counted": total - own + shared, "own_head": own, "shared_head": shared}
+
+
+def bookkeeping(found: dict[str, float]) -> str:
+    """How `counts` comes from what was built to what Table 6 counts."""
+    return f"{found['parameters']:,} as built, its head's {found['own_head']:,} exchanged for the shared one's {found['shared_head']:,}"
 
 
 def examples(config: Config) -> dict[str, Tensor]:
@@ -230,8 +234,7 @@ def gradients(
     add("discriminator", torch.autograd.grad(on_real, mine["discriminator"], owed_real, retain_graph=True))
     add("classifier", torch.autograd.grad(alpha, mine["classifier"], owed_alpha))
     add("generator", torch.autograd.grad(made, mine["generator"], owed_fakes))
-    shares = {"alpha_entropy": entropy_share(weights), "alpha_information": information_share(weights)}
-    return sums, totals | shares | {"largest_weight": weights.mean(0).max()}
+    return sums, totals | shares(weights)
 
 
 def look(networks: dict[str, nn.Module], images: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -332,11 +335,6 @@ def train(config: Task, options: run.Options) -> Path:
     system = system_of(vars(config))
     images, test_images = data.train_images.to(device), data.test_images.to(device)
     scorer = Scorer.find(data, options, device)
-    cost = operations(config, system, len(images))
-    scoring = -(-config.epochs // config.score_every) * SAMPLES * inception.OPERATIONS if scorer else 0.0
-    more = f" and {scoring:.2g} for their scores" if scorer else ""
-    needed = ": a GPU is needed" if cost + scoring > 1e16 else ""
-    print(f"about {cost:.2g} operations for {config.epochs} epochs{more}{needed}", flush=True)
 
     torch.manual_seed(options.seed)
     networks = {name: network.to(device, memory_format=torch.channels_last) for name, network in system.build(config).items()}
@@ -351,6 +349,7 @@ def train(config: Task, options: run.Options) -> Path:
         steps -= 1  # one image alone has no batch statistics
     with run.Run("gan_responsibility", config, options, data.provenance(), device) as r:
         r.resume(networks, optimizers, steps)
+        say_what_it_takes(config, system, len(images), config.epochs - r.epoch, scorer is not None, device)
         while r.epoch < config.epochs:
             order = torch.randperm(len(images), generator=run.generator(options.seed, "order", r.epoch)).to(device)
             while r.step < steps:
@@ -359,7 +358,9 @@ def train(config: Task, options: run.Options) -> Path:
                 r.after_step(system.train_step(networks, optimizers, batch, config, options.precision))
             more = {}
             if hasattr(system, "responsibilities"):
-                more = clustering(all_responsibilities(system, networks, test_images), data.test_labels, data.n_classes)
+                alpha = all_responsibilities(system, networks, test_images)
+                more = clustering(alpha, data.test_labels, data.n_classes)
+                more |= {f"test_{name}": share.item() for name, share in shares(alpha).items()}
             if scorer and ((r.epoch + 1) % config.score_every == 0 or r.epoch + 1 == config.epochs):
                 weights = mode_weights(system, networks, config, images)
                 more |= scorer.scores(lambda n: drawn_from(system, networks, config, weights, n, options.seed))  # noqa: B023
@@ -387,20 +388,36 @@ def drawn_from(system: ModuleType, networks: dict[str, nn.Module], config: Task,
     return ((made.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def say_what_it_takes(config: Task, system: ModuleType, n: int, epochs: int, scored: bool, device: torch.device) -> None:
+    """The operations of the epochs to come on n images, before they begin; nothing of a run that is complete."""
+    if not epochs:
+        return
+    cost = operations(config, system, n) * epochs / config.epochs
+    scoring = -(-epochs // config.score_every) * SAMPLES * inception.OPERATIONS if scored else 0.0
+    more = f" and {scoring:.2g} for their scores" if scored else ""
+    needed = ": a GPU is needed" if device.type == "cpu" and cost + scoring > 1e16 else ""
+    print(f"about {cost:.2g} operations for {epochs} epochs{more}{needed}", flush=True)
+
+
 def say_if_collapsed(rows: list[dict], k: int) -> None:
-    """A line on the screen after an epoch in which α said nothing: all on one Gaussian, or the same for every image, as it is at first."""
+    """A line on the screen after an epoch in which α said nothing, of the training batches or, at its end, of the test images.
+
+    That is: all of it on one Gaussian, or nearly the same for every image, as it is at first.
+    """
     row = rows[-1]
-    if row.get("largest_weight", 0.0) > ALL:
-        print(f"epoch {row['epoch']}: α has collapsed: {100 * row['largest_weight']:.1f} % of its mass on one Gaussian", flush=True)
-    elif row.get("alpha_information", 1.0) < NOTHING:
-        word = (
-            "is nearly the same again" if any(earlier["alpha_information"] >= NOTHING for earlier in rows) else "is still nearly the same"
-        )
-        print(
-            f"epoch {row['epoch']}: α {word} for every image: k tells {100 * row['alpha_information']:.2f} % of log {k} of x, "
-            f"entropy {100 * row['alpha_entropy']:.1f} %",
-            flush=True,
-        )
+    for of, images in (("", "training images"), ("test_", "test images")):
+        weight, information = row.get(f"{of}largest_weight", 0.0), row.get(f"{of}alpha_information", 1.0)
+        if weight > ALL:
+            print(f"epoch {row['epoch']}: α has collapsed: of {images} {100 * weight:.1f} % of its mass on one Gaussian", flush=True)
+            return
+        if information < NOTHING:
+            told = any(earlier.get(f"{of}alpha_information", 0.0) >= NOTHING for earlier in rows)
+            print(
+                f"epoch {row['epoch']}: α is {'nearly the same again' if told else 'still nearly the same'} for every image: of {images} "
+                f"k tells {100 * information:.2f} % of log {k}, entropy {100 * row[f'{of}alpha_entropy']:.1f} %",
+                flush=True,
+            )
+            return
 
 
 def main(argv: list[str] | None = None) -> None:
