@@ -113,7 +113,10 @@ def build(config: Config) -> dict[str, nn.Module]:
 
 
 def counts(config: Config) -> dict[str, float]:
-    """Table 6's numbers of parameters. as_counted: as the table counts a stand-alone classifier, with the shared one's head for its own."""
+    """Table 6's numbers of parameters. as_counted: as the table counts a stand-alone classifier, with the shared one's head for its own.
+
+    own_head, shared_head: of a stand-alone classifier, the parameters of the two heads that are exchanged.
+    """
     networks = build(config)
     total = sum(p.numel() for network in networks.values() for p in network.parameters())
     if config.classifier == "shared":
@@ -349,7 +352,8 @@ def train(config: Task, options: run.Options) -> Path:
         steps -= 1  # one image alone has no batch statistics
     with run.Run("gan_responsibility", config, options, data.provenance(), device) as r:
         r.resume(networks, optimizers, steps)
-        say_what_it_takes(config, system, len(images), config.epochs - r.epoch, scorer is not None, device)
+        if left := config.epochs - r.epoch:
+            say_what_it_takes(replace(config, epochs=left), system, len(images), scorer is not None, device)
         while r.epoch < config.epochs:
             order = torch.randperm(len(images), generator=run.generator(options.seed, "order", r.epoch)).to(device)
             while r.step < steps:
@@ -388,15 +392,13 @@ def drawn_from(system: ModuleType, networks: dict[str, nn.Module], config: Task,
     return ((made.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def say_what_it_takes(config: Task, system: ModuleType, n: int, epochs: int, scored: bool, device: torch.device) -> None:
-    """The operations of the epochs to come on n images, before they begin; nothing of a run that is complete."""
-    if not epochs:
-        return
-    cost = operations(config, system, n) * epochs / config.epochs
-    scoring = -(-epochs // config.score_every) * SAMPLES * inception.OPERATIONS if scored else 0.0
+def say_what_it_takes(config: Task, system: ModuleType, n_images: int, scored: bool, device: torch.device) -> None:
+    """The operations of config.epochs epochs, before they begin; scored: with Table 6's scores."""
+    cost = operations(config, system, n_images)
+    scoring = -(-config.epochs // config.score_every) * SAMPLES * inception.OPERATIONS if scored else 0.0
     more = f" and {scoring:.2g} for their scores" if scored else ""
     needed = ": a GPU is needed" if device.type == "cpu" and cost + scoring > 1e16 else ""
-    print(f"about {cost:.2g} operations for {epochs} epochs{more}{needed}", flush=True)
+    print(f"about {cost:.2g} operations for {config.epochs} epochs{more}{needed}", flush=True)
 
 
 def say_if_collapsed(rows: list[dict], k: int) -> None:

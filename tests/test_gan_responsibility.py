@@ -159,15 +159,8 @@ def test_entropy_share():
 # ------------------------------------------------------------------------------------------------------------ Algorithm 1
 
 
-def small(**values) -> train.Config:
-    class Config(train.Config):
-        shape = (1, 8, 8)
-
-    return Config(n_components=3, latent_dim=4, **values)
-
-
-def small_gan(**values) -> gan.Config:
-    class Config(gan.Config):
+def small(system=train, **values) -> train.Task:
+    class Config(system.Config):
         shape = (1, 8, 8)
 
     return Config(n_components=3, latent_dim=4, **values)
@@ -276,16 +269,18 @@ OWNERS = {  # Algorithm 1, with μ and A beside G (ledger 2): network, whose it 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("system, prior", [(train, None), (gan, "mixture"), (gan, "normal")])
-def test_every_network_is_trained_by_its_own_player(system, prior):
+@pytest.mark.parametrize("system, values", [(train, {}), (gan, {"prior": "mixture"}), (gan, {"prior": "normal"})])
+def test_every_network_is_trained_by_its_own_player(system, values):
     """μ and A too: every parameter once, and each moves in a step."""
-    config = small() if system is train else small_gan(prior=prior)
+    config = small(system, **values)
     networks = built(config) if system is train else {name: n.double() for name, n in gan.build(config).items()}
     players = system.players(networks)
     owned = {id(p): player for player, parameters in players.items() for p in parameters}
     assert len(owned) == sum(len(parameters) for parameters in players.values())
     assert owned == {id(p): OWNERS[name] for name, network in networks.items() for p in network.parameters()}
-    assert set(networks) == set(OWNERS) - ({"classifier"} if system is gan else set()) - ({"mixture"} if prior == "normal" else set())
+    assert set(networks) == set(OWNERS) - ({"classifier"} if system is gan else set()) - (
+        {"mixture"} if values.get("prior") == "normal" else set()
+    )
     before = {name: [p.detach().clone() for p in network.parameters()] for name, network in networks.items()}
     system.train_step(networks, {player: torch.optim.SGD(several, lr=0.1) for player, several in players.items()}, batch(), config)
     for name, network in networks.items():
@@ -338,7 +333,7 @@ def test_a_short_run_learns_the_responsibilities_of_two_clusters():
 @pytest.mark.parametrize("saturating", [False, True])
 def test_the_baselines_steps_by_the_plain_formulas(saturating):
     for prior in ("normal", "mixture"):
-        config = small_gan(prior=prior, saturating=saturating)
+        config = small(gan, prior=prior, saturating=saturating)
         torch.manual_seed(3)
         networks = {name: network.double() for name, network in gan.build(config).items()}
         noise = run.generator(5)
