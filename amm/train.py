@@ -27,7 +27,7 @@ from amm.model import (
     initialise,
     sampled,
 )
-from common import run
+from common import graph, run
 from common.data import Dataset, choose_labels, described, load
 from common.metrics import contingency, error_rate
 from common.optim import descend
@@ -277,6 +277,9 @@ def train(config: Config, options: run.Options) -> Path:
     }
     rows = torch.arange(config.n_components).repeat_interleave(10)
 
+    step = graph.replayed(
+        lambda batch: train_step(networks, optimizers, batch, priors, config, options.precision), optimizers.values(), options.graph
+    )
     steps, m = len(images) // config.batch, config.batch
     with run.Run("amm", config, options, data.provenance(), device) as r:
         r.resume(networks, optimizers, steps)
@@ -291,7 +294,7 @@ def train(config: Config, options: run.Options) -> Path:
                 # Dropout draws from the global generators: a seed for each step, so that nothing has to be saved.
                 torch.manual_seed(run.generator(options.seed, "step", r.epoch, r.step).initial_seed())
                 batch = Batch(as_input(images[drawn]), known_images[known_drawn], known_labels[known_drawn])
-                r.after_step(train_step(networks, optimizers, batch, priors, config, options.precision))
+                r.after_step(step(batch))
             r.after_epoch(**checks(networks, config, s, data, device))
             if path := r.sample_path():
                 save_grid(draw(networks, config, rows, run.generator(options.seed, "samples")), path, columns=10)

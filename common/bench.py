@@ -2,9 +2,9 @@
 
     python -m common.bench segma mnist --steps 100
 
-Runs the paper's own loop on generated images of the right shape, each time in a new process, in turn: in fp32, in bf16, and as a
-*textbook* would have it (`as_a_textbook`). Operations are counted as they are dispatched (a multiplication and an addition are two); the
-ceilings are a large matrix product and a pass over a large vector in the same process.
+Runs the paper's own loop on generated images of the right shape, each time in a new process, in turn: in fp32, in bf16, on a GPU in both
+with `--graph`, and as a *textbook* would have it (`as_a_textbook`). Operations are counted as they are dispatched (a multiplication and an
+addition are two); the ceilings are a large matrix product and a pass over a large vector in the same process.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ from common import run
 from common.data import Dataset, described
 from common.diff import as_text, papers
 
-WARM_UP = 5  # steps before the clock starts
+COUNTED = 2  # the step whose operations are counted; later ones may be replays, which dispatch nothing
+WARM_UP = 7  # steps before the clock starts
 IMAGES = 20_000  # generated training images; some experiments hold 10,000 out
 BATCH = ("batch", "batch_real", "batch_unlabelled")  # what a config calls the images of a step
 ROUNDS = 3  # in which the variants take turns; of the rounds' medians the best is reported: others can only slow a step down
@@ -36,7 +37,13 @@ LONGEST = 30.0  # seconds that the steps of one round may take
 SIDE = {"cpu": 2_048, "cuda": 8_192}  # of the matrices whose product is the ceiling
 LENGTH = 2**26  # of the vectors whose sum tells the bandwidth of the memory
 ADAM_BYTES = 28  # that one step of Adam moves for a parameter: itself, its gradient and two moments read, all but the gradient written
-VARIANTS = {"textbook": ("fp32", True), "fp32": ("fp32", False), "bf16": ("bf16", False)}  # precision; whether as a textbook
+VARIANTS = {
+    "textbook": ["--precision", "fp32"],
+    "fp32": ["--precision", "fp32"],
+    "bf16": ["--precision", "bf16"],
+    "fp32, graph": ["--precision", "fp32", "--graph"],
+    "bf16, graph": ["--precision", "bf16", "--graph"],
+}
 
 
 class Counter(TorchDispatchMode):
@@ -117,8 +124,7 @@ def measure(paper: str, arguments: list[str], steps: int, variant: str, begun: f
 
     begun: when the process was started. evaluation: time that as well, of networks that have seen a few steps.
     """
-    precision, textbook = VARIANTS[variant]
-    config, options = run.parse(paper, [*arguments, "--precision", precision])
+    config, options = run.parse(paper, [*arguments, *VARIANTS[variant]])
     loop = run.module_of(paper, {})
     evaluator = importlib.import_module(f"{paper}.eval")
     shape, classes = described(config.dataset, loop.SETS)
@@ -128,7 +134,7 @@ def measure(paper: str, arguments: list[str], steps: int, variant: str, begun: f
             module.load = lambda *_: data
     batch = next(getattr(config, name) for name in BATCH if hasattr(config, name))
     device = run.set_up(options)
-    after = as_a_textbook(data, batch) if textbook else lambda losses: None
+    after = as_a_textbook(data, batch) if variant == "textbook" else lambda losses: None
     times, counted, own, parameters = [], Counter(), run.Run.after_step, 0
 
     def after_step(self: run.Run, losses: dict) -> None:
@@ -138,11 +144,11 @@ def measure(paper: str, arguments: list[str], steps: int, variant: str, begun: f
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.time())
-        if len(times) == WARM_UP:
+        if len(times) == COUNTED - 1:
             counted.__enter__()
-        if len(times) == WARM_UP + 1:
+        if len(times) == COUNTED:
             counted.__exit__(None, None, None)
-        if len(times) > WARM_UP + 2 and (len(times) == WARM_UP + 2 + steps or times[-1] - times[WARM_UP + 1] > LONGEST):
+        if len(times) > WARM_UP and (len(times) == WARM_UP + steps or times[-1] - times[WARM_UP - 1] > LONGEST):
             parameters = sum(p.numel() for optimizer in self.optimizers.values() for g in optimizer.param_groups for p in g["params"])
             if evaluation:
                 self.save()
@@ -159,7 +165,7 @@ def measure(paper: str, arguments: list[str], steps: int, variant: str, begun: f
             from_here = time.time()
             evaluator.evaluate(options)
             evaluated = time.time() - from_here
-    seconds = [b - a for a, b in zip(times[WARM_UP + 1 :], times[WARM_UP + 2 :], strict=False)]  # after the one that was counted
+    seconds = [b - a for a, b in zip(times[WARM_UP - 1 :], times[WARM_UP:], strict=False)]
     return {
         "seconds": statistics.median(seconds),
         "steps": len(seconds),
@@ -169,7 +175,7 @@ def measure(paper: str, arguments: list[str], steps: int, variant: str, begun: f
         "peak": peak,
         "start_up": times[0] - begun,
         "evaluation": evaluated,
-        "ceiling": ceiling(device, torch.bfloat16 if precision == "bf16" else torch.float32),
+        "ceiling": ceiling(device, torch.bfloat16 if options.precision == "bf16" else torch.float32),
         "bandwidth": bandwidth(device),
         "device": run.device_name(device),
         "threads": torch.get_num_threads(),
@@ -203,7 +209,8 @@ def bandwidth(device: torch.device) -> float:
 
 def bench(paper: str, experiment: str, flags: list[str], steps: int, evaluation: bool) -> dict[str, dict]:
     """The best round of each variant."""
-    found: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
+    on_gpu = run.set_up(run.parse(paper, [experiment, *flags])[1]).type == "cuda"
+    found: dict[str, list[dict]] = {variant: [] for variant, how in VARIANTS.items() if on_gpu or "--graph" not in how}
     for _ in range(ROUNDS):
         for variant, several in found.items():
             timed = ["--evaluation"] if evaluation and not several and variant == "bf16" else []

@@ -273,6 +273,7 @@ class Options:
     precision: str = "fp32"
     save_every: float = 60.0
     deterministic: bool = False
+    graph: bool = False
     describe: bool = False
     json: bool = False
 
@@ -318,6 +319,7 @@ def parse(paper: str, argv: list[str] | None = None) -> tuple[typing.Any, Option
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, on CPU and GPU")
     parser.add_argument("--save-every", type=float, default=60.0, help="seconds between checkpoints")
     parser.add_argument("--deterministic", action="store_true", help="bit-identical repeats on a GPU too, slower")
+    parser.add_argument("--graph", action="store_true", help="on a GPU, record a training step once and replay it")
     parser.add_argument("--describe", action="store_true", help="print what would be trained, and stop")
     parser.add_argument("--json", action="store_true", help="with --describe: for programs")
     fields = parser.add_argument_group("fields of the config; default: the experiment's")
@@ -370,6 +372,8 @@ def set_up(options: Options) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise UserError(f"--device: {options.device} asked for, but this machine has {found} CUDA devices. Use --device cpu")
+    if options.graph and device.type != "cuda":
+        raise UserError(f"--graph: it replays CUDA graphs, and the device is {device.type}. Leave it out")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

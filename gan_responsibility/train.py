@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import inception, run
+from common import graph, inception, run
 from common.data import described, load
 from common.metrics import clustering_accuracy, contingency, normalised_mutual_information
 from common.optim import descend
@@ -347,6 +347,9 @@ def train(config: Task, options: run.Options) -> Path:
     }
     rows = torch.eye(config.components).repeat_interleave(10, 0)  # one-hot: ten of each Gaussian
 
+    step = graph.replayed(
+        lambda batch: system.train_step(networks, optimizers, batch, config, options.precision), optimizers.values(), options.graph
+    )
     steps = -(-len(images) // config.batch)
     if len(images) % config.batch == 1:
         steps -= 1  # one image alone has no batch statistics
@@ -359,7 +362,7 @@ def train(config: Task, options: run.Options) -> Path:
             while r.step < steps:
                 drawn = order[r.step * config.batch :][: config.batch]
                 batch = Batch(as_input(images[drawn]), run.generator(options.seed, "noise", r.epoch, r.step, device=device))
-                r.after_step(system.train_step(networks, optimizers, batch, config, options.precision))
+                r.after_step(step(batch))
             more = {}
             if hasattr(system, "responsibilities"):
                 alpha = all_responsibilities(system, networks, test_images)

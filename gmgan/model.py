@@ -4,6 +4,7 @@ Toy, points in the plane: two dense networks. Images: a light DCGAN, which halve
 6×6 (96), one stride-2 layer each. A discriminator has one output, or one for each class.
 """
 
+import functools
 import math
 
 import torch
@@ -155,12 +156,14 @@ def _binary(logits: Tensor, wanted: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- Gaussians and classes, supervised
 
 
-def correspondence(n_components: int, n_classes: int, text: str | None) -> tuple[Tensor, Tensor]:
+@functools.cache
+def correspondence(n_components: int, n_classes: int, text: str | None, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
     """Which output of the discriminator stands for each Gaussian, (K,), and for each class, (N,).
 
     K ≥ N: one output a class, and f: [K] -> [N] sends several Gaussians to one class (Sec. 2). K < N: what the paper calls f: [K] -> [N]
     cannot be; a map g: [N] -> [K] clusters the classes, with one output a Gaussian. text: the map's values, "0,1,2,0,…": f of each
-    Gaussian, or g of each class; None: k mod N, or n mod K. Raises ValueError where it is no such map.
+    Gaussian, or g of each class; None: k mod N, or n mod K. Made once: a training step copies nothing to its device. Raises ValueError
+    where the text is no such map.
     """
     k, n = n_components, n_classes
     size, values = (k, n) if k >= n else (n, k)
@@ -180,5 +183,5 @@ def correspondence(n_components: int, n_classes: int, text: str | None) -> tuple
     missing = sorted(set(range(values)) - set(chosen))
     if missing:
         raise ValueError(f"class_map: leaves {to} {', '.join(map(str, missing))} without a {of}")
-    mapped, own = torch.tensor(chosen), torch.arange(values)
+    mapped, own = torch.tensor(chosen, device=device), torch.arange(values, device=device)
     return (mapped, own) if k >= n else (own, mapped)

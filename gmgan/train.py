@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common import optim, run
+from common import graph, optim, run
 from common.data import Dataset, described, load
 from common.plots import save_grid, save_scatters
 from common.run import Count, Decay, NonNegative, Positive
@@ -161,7 +161,7 @@ def train_step(
     device = batch.real.device
     targets = of_gaussian = None
     if config.supervised:
-        of_gaussian, of_class = (t.to(device) for t in correspondence(config.components, config.class_count, config.class_map))
+        of_gaussian, of_class = correspondence(config.components, config.class_count, config.class_map, device)
         targets = of_class[batch.labels]
 
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -273,6 +273,9 @@ def train(config: Task, options: run.Options) -> Path:
         parameters = [p for name in names if name in networks for p in networks[name].parameters()]
         optimizers[player] = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(config.beta1, 0.999), fused=True)
 
+    step = graph.replayed(
+        lambda batch: system.train_step(networks, optimizers, batch, config, options.precision), optimizers.values(), options.graph
+    )
     steps = len(images) // config.batch_real  # the few left over come in with another epoch's order
     with run.Run("gmgan", config, options, data.provenance(), device) as r:
         r.resume(networks, optimizers, steps)
@@ -282,7 +285,7 @@ def train(config: Task, options: run.Options) -> Path:
                 drawn = order[r.step * config.batch_real :][: config.batch_real]
                 noise = run.generator(options.seed, "noise", r.epoch, r.step, device=device)
                 batch = Batch(as_input(images[drawn]), labels[drawn], noise)
-                r.after_step(system.train_step(networks, optimizers, batch, config, options.precision))
+                r.after_step(step(batch))
             r.after_epoch(**(toy.course(networks, system, config) if data.name in toy.VARIANCE else {}))
             if (path := r.sample_path()) and hasattr(system, "generate"):
                 show(networks, system, config, path)

@@ -215,7 +215,7 @@ def train_step(
     networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, batch: Batch, config: Config, precision: str = "fp32"
 ) -> dict[str, Tensor]:
     """One step up M1's bound, or, once M1 is done, up M2's objective, eq. (9). Returns its terms, scalars on the device."""
-    if batch.epoch < config.m1_epochs:
+    if batch.m1_alone:
         bound = m1_bound(networks, as_data(batch.unlabelled, config, batch.noise), config, batch.noise, precision).mean()
         return {"loss": -bound, "m1_bound": bound, "grad_norm": descend(-bound, optimizer, config)}
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common import run
+from common import graph, run
 from common.data import Dataset, choose_labels, described, load
 from common.metrics import error_rate
 from common.plots import save_grid
@@ -114,7 +114,7 @@ class Batch(NamedTuple):
     unlabelled: Tensor  # (n, C, H, W)
     labelled: Tensor  # (m, C, H, W)
     labels: Tensor  # (m,)
-    epoch: int  # from 0
+    m1_alone: bool  # m1m2.py's first phase
     noise: torch.Generator  # for systems that draw; its own for each step, on the device
 
 
@@ -220,20 +220,24 @@ def train(config: Task, options: run.Options) -> Path:
     noise = torch.randn(config.n_components, 10, config.latent_dim, generator=run.generator(options.seed, "samples")).to(device)
     rows = torch.arange(config.n_components, device=device).repeat_interleave(10)
 
+    step = graph.replayed(
+        lambda batch: system.train_step(networks, optimizer, batch, config, options.precision), [optimizer], options.graph
+    )
     steps = len(images) // config.batch_unlabelled  # the few images left over come in with another epoch's order
     with run.Run("segma", config, options, data.provenance(), device) as r:
         r.resume(networks, {"adam": optimizer}, steps)
         while r.epoch < config.epochs:
             order = torch.randperm(len(images), generator=run.generator(options.seed, "order", r.epoch)).to(device)
             cycle = torch.randperm(config.n_labels, generator=run.generator(options.seed, "labelled", r.epoch)).to(device)
+            m1_alone = r.epoch < getattr(config, "m1_epochs", 0)
             while r.step < steps:
                 drawn = order[r.step * config.batch_unlabelled :][: config.batch_unlabelled]
                 known_drawn = cycle[(r.step * m + torch.arange(m, device=device)) % config.n_labels]
                 generator = run.generator(options.seed, "noise", r.epoch, r.step, device=device)
-                batch = Batch(as_input(images[drawn]), known_images[known_drawn], known_labels[known_drawn], r.epoch, generator)
-                r.after_step(system.train_step(networks, optimizer, batch, config, options.precision))
+                batch = Batch(as_input(images[drawn]), known_images[known_drawn], known_labels[known_drawn], m1_alone, generator)
+                r.after_step(step(batch))
             more = {}
-            if m and r.epoch >= getattr(config, "m1_epochs", 0):  # M1 alone has no classifier yet
+            if m and not m1_alone:  # M1 alone has no classifier yet
                 found = system.classes(networks, encode_all(system, networks, test_images, options.precision))
                 more["test_error"] = error_rate(found, test_labels)
             if "mixture" in networks:

@@ -241,7 +241,7 @@ def test_gradient_is_clipped_by_global_norm_then_by_value():
     before = [p.grad.clone() for p in parameters]
     norm = torch.cat([g.flatten() for g in before]).norm()
     assert norm > 5
-    terms = train_step(networks, optimizer, Batch(x, labelled, labels, 0, torch.Generator()), config)
+    terms = train_step(networks, optimizer, Batch(x, labelled, labels, False, torch.Generator()), config)
     assert terms["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
     for p, g in zip(parameters, before, strict=True):
         torch.testing.assert_close(p.grad, (g * 5 / norm).clamp(-0.01, 0.01), rtol=1e-3, atol=1e-6)

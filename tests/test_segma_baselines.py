@@ -44,10 +44,10 @@ def noise(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def batch_of(networks, n: int, m: int, seed: int = 0, epoch: int = 10**6) -> Batch:
+def batch_of(networks, n: int, m: int, seed: int = 0, m1_alone: bool = False) -> Batch:
     g = noise(seed)
     x = torch.rand(n + m, 1, 2, 2, generator=g, dtype=torch.float64).round()
-    return Batch(x[:n], x[n:], torch.randint(3, (m,), generator=g), epoch, noise(seed + 1))
+    return Batch(x[:n], x[n:], torch.randint(3, (m,), generator=g), m1_alone, noise(seed + 1))
 
 
 # ------------------------------------------------------------------------------------------------- the densities they share
@@ -148,21 +148,21 @@ def test_m2_by_hand():
 
 
 def test_m1_is_trained_first_and_then_left_alone():
-    networks, config = small(m1m2, m1_latent_dim=2, m1_hidden_dim=5, m1_hidden_layers=1, m1_epochs=2, epochs=4, labelled_weight=0.3)
+    networks, config = small(m1m2, m1_latent_dim=2, m1_hidden_dim=5, m1_hidden_layers=1, labelled_weight=0.3)
     optimizer = torch.optim.Adam([p for network in networks.values() for p in network.parameters()], lr=0.01)
 
-    def moved(epoch: int) -> set[str]:
+    def moved(m1_alone: bool) -> set[str]:
         before = {name: [p.clone() for p in network.parameters()] for name, network in networks.items()}
-        m1m2.train_step(networks, optimizer, batch_of(networks, 6, 4, epoch=epoch), config)
+        m1m2.train_step(networks, optimizer, batch_of(networks, 6, 4, m1_alone=m1_alone), config)
         return {
             name
             for name, network in networks.items()
             if any((a != b).any() for a, b in zip(before[name], network.parameters(), strict=True))
         }
 
-    assert moved(0) == moved(1) == {"q_z1", "p_x"}
-    assert moved(2) == moved(3) == {"q_y", "q_z2", "p_z1"}
-    terms = m1m2.train_step(networks, optimizer, batch_of(networks, 6, 4, epoch=3), config)
+    assert moved(True) == {"q_z1", "p_x"}
+    assert moved(False) == {"q_y", "q_z2", "p_z1"}
+    terms = m1m2.train_step(networks, optimizer, batch_of(networks, 6, 4), config)
     whole = -terms["unlabelled_bound"] - 0.3 * terms["labelled_bound"] + 0.1 * terms["cross_entropy"]
     assert terms["loss"].item() == pytest.approx(whole.item())
 
@@ -414,8 +414,8 @@ def test_gradients_of_the_baselines_by_finite_differences(module):
     more = {"auxiliary_dim": 2} if module is adgm else {"m1_latent_dim": 2, "m1_hidden_dim": 5, "m1_hidden_layers": 1, "m1_epochs": 1}
     networks, config = small(module, **more, learning_rate=1e-3, grad_clip_norm=None, grad_clip_value=None, labelled_weight=0.7)
     parameters = [p for network in networks.values() for p in network.parameters()]
-    for epoch in (0, 1):  # M1, then M2; ADGM knows no epochs
-        batch = batch_of(networks, 4, 3, epoch=epoch)
+    for m1_alone in (True, False):  # M1, then M2; ADGM has one phase
+        batch = batch_of(networks, 4, 3, m1_alone=m1_alone)
         optimizer = torch.optim.SGD(parameters, lr=0.0)
 
         def loss(batch=batch, optimizer=optimizer) -> float:
@@ -445,7 +445,7 @@ def test_m2_is_fed_samples_of_m1s_codes():
     seen = []
     networks["q_y"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
     optimizer = torch.optim.SGD([p for network in networks.values() for p in network.parameters()], lr=0.0)
-    batch = batch_of(networks, 4, 3, epoch=1)
+    batch = batch_of(networks, 4, 3)
     m1m2.train_step(networks, optimizer, batch._replace(noise=noise(5)), config)
     x = torch.cat([batch.unlabelled, batch.labelled])
     mean, log_variance = networks["q_z1"](x.flatten(1))

@@ -1,0 +1,85 @@
+"""A training step recorded once as a CUDA graph and then replayed: `--graph`.
+
+A step of a small network is hundreds of kernels of some microseconds, and a GPU waits for Python to launch each; a graph is one launch.
+What is replayed is what was recorded, so a step must not read a value back, nor depend on anything but its batch, weights and optimisers.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EAGER = 3  # steps in a row run as they are before one is recorded: Adam's state, libraries' workspaces and caches come about in them
+
+Step = Callable[[NamedTuple], dict[str, Tensor]]
+
+
+def replayed(step: Step, optimizers: Iterable[torch.optim.Optimizer], wanted: bool) -> Step:
+    """`step` itself, or, if wanted, one that does the same by recordings.
+
+    step: takes a batch, a named tuple of tensors, generators on the device and plain values; returns scalars, which hold until the next
+    step. Each kind of batch (shapes and plain values) has a recording of its own, made once EAGER of a kind have come in a row: an epoch's
+    smaller last batch never has one. Draws from global generators are those of an eager step too.
+    """
+    if not wanted:
+        return step
+    stream = torch.cuda.Stream()
+    recordings: dict[tuple, tuple[NamedTuple, Callable[[], None], dict[str, Tensor]]] = {}
+    last, in_a_row = None, 0
+
+    def call(batch: NamedTuple) -> dict[str, Tensor]:
+        nonlocal last, in_a_row
+        kind = tuple(entry.shape if isinstance(entry, Tensor) else None if isinstance(entry, torch.Generator) else entry for entry in batch)
+        last, in_a_row = kind, in_a_row + 1 if kind == last else 1
+        if kind not in recordings and in_a_row <= EAGER:
+            return on_stream(stream, step, batch)
+        if kind not in recordings:
+            own = type(batch)(*(held(entry) for entry in batch))
+            recordings[kind] = (own, *record(step, own, optimizers, stream))
+        own, replay, out = recordings[kind]
+        for mine, given in zip(own, batch, strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(given)
+            elif isinstance(mine, torch.Generator):
+                mine.manual_seed(given.initial_seed())
+        replay()
+        return out
+
+    return call
+
+
+def held(entry: object) -> object:
+    """A place for an entry of a batch, from which a recording reads it."""
+    if isinstance(entry, Tensor):
+        return torch.empty_like(entry)
+    return torch.Generator(entry.device) if isinstance(entry, torch.Generator) else entry
+
+
+def on_stream(stream: torch.cuda.Stream, step: Step, batch: NamedTuple) -> dict[str, Tensor]:
+    """A step as it is, on the stream that will record: workspaces and autograd's nodes belong to the stream that they came about on."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        out = step(batch)
+    torch.cuda.current_stream().wait_stream(stream)
+    return out
+
+
+def record(
+    step: Step, batch: NamedTuple, optimizers: Iterable[torch.optim.Optimizer], stream: torch.cuda.Stream
+) -> tuple[Callable[[], None], dict[str, Tensor]]:
+    """Record a step on this batch, without running it. Returns what replays it, and where its results will be."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    graph = torch.cuda.CUDAGraph()
+    for entry in batch:
+        if isinstance(entry, torch.Generator):
+            graph.register_generator_state(entry)
+    for group in groups:
+        group["capturable"] = True  # Adam asks for it; the fused one does nothing else with it
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            out = {name: value.detach() for name, value in step(batch).items()}
+    finally:
+        for group in groups:
+            group["capturable"] = False  # as a checkpoint should have it, and a step outside
+    return graph.replay, out

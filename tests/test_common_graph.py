@@ -1,0 +1,123 @@
+"""common/graph.py: a replayed step does what the step does, in every paper's own loop.
+
+Without a GPU what records is replaced by what runs the step again on the recording's own batch, so that all but CUDA's part is tested.
+"""
+
+import importlib
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from common import data, graph, run
+from tests.conftest import run_command
+
+LOOPS = [  # paper, flags, how many recordings a run makes
+    ("segma", ["digits", "--batch-unlabelled", "10", "--n-labels", "20"], 1),
+    ("segma", ["digits-m1m2", "--batch-unlabelled", "10", "--n-labels", "20", "--m1-epochs", "1", "--epochs", "2"], 2),
+    ("segma", ["digits-adgm", "--batch-unlabelled", "10", "--n-labels", "20", "--hidden-dim", "20"], 1),
+    ("gmgan", ["toy-supervised", "--batch-real", "800", "--width", "16"], 1),
+    ("gmgan", ["toy-acgan", "--batch-real", "800", "--width", "16"], 1),
+    ("gmgan", ["digits", "--batch-real", "10", "--batch-fake", "20", "--width", "4"], 1),
+    ("gmgan", ["digits-kmeans", "--batch-real", "10"], 1),
+    ("gan_responsibility", ["digits", "--batch", "10", "--n-components", "2", "--latent-dim", "4"], 1),
+    ("gan_responsibility", ["flowers10-gan", "--dataset", "digits", "--batch", "10", "--latent-dim", "4"], 1),
+    ("amm", ["digits", "--batch", "10", "--validation", "2"], 1),
+    ("amm", ["samm-digits", "--batch", "10", "--validation", "2", "--n-labels", "20"], 1),
+]
+STEPS = 6  # of an epoch; four images more are left, which two of the loops take as a smaller batch
+
+
+def trained(paper: str, flags: list[str], folder, wanted: bool) -> dict:
+    """The checkpoint of a run on a few of the digits."""
+    config, options = run.parse(
+        paper, [*flags, *([] if "--epochs" in flags else ["--epochs", "1"]), "--threads", "1", "--runs", str(folder)]
+    )
+    module = importlib.import_module(f"{paper}.train")
+    whole, n = data.load("digits", folder), 10 * STEPS + 4
+    few = replace(
+        whole, train_images=whole.train_images[:n], train_labels=torch.arange(n) % 10, test_images=whole.test_images[:20],
+        test_labels=whole.test_labels[:20],
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load", lambda *_: few)
+        return run.load_checkpoint(module.train(config, replace(options, graph=wanted)) / "checkpoint.pt")
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Replaces what needs a GPU. A list of what was recorded: how often each was replayed."""
+    made = []
+
+    def record(step, batch, optimizers, stream):
+        assert all(isinstance(optimizer, torch.optim.Adam) for optimizer in optimizers)
+        out, number = {}, len(made)
+        made.append(0)
+
+        def replay():
+            made[number] += 1
+            out.update(step(batch))
+
+        return replay, out
+
+    set_up = run.set_up
+    monkeypatch.setattr(run, "set_up", lambda options: set_up(replace(options, graph=False)))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(graph, "on_stream", lambda stream, step, batch: step(batch))
+    monkeypatch.setattr(graph, "record", record)
+    return made
+
+
+@pytest.mark.parametrize(("paper", "flags", "count"), LOOPS, ids=lambda value: value[0] if isinstance(value, list) else str(value))
+def test_a_run_by_replays_is_the_same_run(paper, flags, count, tmp_path, recordings):
+    plain, replayed = (trained(paper, flags, tmp_path / str(wanted), wanted) for wanted in (False, True))
+    assert recordings == [STEPS - graph.EAGER] * count
+    for kind in ("networks", "optimizers"):
+        torch.testing.assert_close(replayed[kind], plain[kind], rtol=0, atol=0)
+    for mine, theirs in zip(replayed["rows"], plain["rows"], strict=True):
+        assert {name: value for name, value in mine.items() if name != "seconds"} == {n: v for n, v in theirs.items() if n != "seconds"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+@pytest.mark.parametrize(("paper", "flags", "count"), LOOPS, ids=lambda value: value[0] if isinstance(value, list) else str(value))
+def test_a_run_by_cuda_graphs_is_the_same_run(paper, flags, count, tmp_path):
+    plain, replayed = (trained(paper, flags, tmp_path / str(wanted), wanted) for wanted in (False, True))
+    torch.testing.assert_close(replayed["networks"], plain["networks"], rtol=1e-3, atol=1e-4)
+    for optimizer in replayed["optimizers"].values():
+        assert not any(group["capturable"] for group in optimizer["param_groups"])
+
+
+class Batch(NamedTuple):
+    x: torch.Tensor
+    phase: bool = False
+
+
+def test_a_kind_of_batch_is_recorded_once_it_came_often_enough_in_a_row(recordings):
+    seen = []
+
+    def step(batch):
+        seen.append((tuple(batch.x.shape), batch.phase, batch.x.sum().item()))
+        return {"sum": batch.x.sum()}
+
+    call = graph.replayed(step, [], True)
+    batches = [Batch(torch.full((n,), float(i))) for i, n in enumerate([4, 4, 3, 4, 4, 4, 4, 3, 3, 3, 3, 4])]
+    batches += [Batch(torch.full((4,), 20.0), True)]
+    found = [call(batch)["sum"].item() for batch in batches]
+    assert found == [batch.x.sum().item() for batch in batches]
+    assert seen == [(tuple(batch.x.shape), batch.phase, batch.x.sum().item()) for batch in batches]
+    # Of size 4 the seventh batch, the fourth in a row, is the first from the recording, and the last but one again; of 3 the eleventh.
+    assert recordings == [2, 1]
+
+
+def test_a_cpu_has_no_graphs(tmp_path):
+    code, out, err = run_command("gmgan.train", "toy", "--graph", "--device", "cpu", "--runs", tmp_path)
+    assert (code, out) == (2, "") and err == "error: --graph: it replays CUDA graphs, and the device is cpu. Leave it out\n"
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_the_option_the_step_is_left_alone():
+    def step(batch):
+        return {}
+
+    assert graph.replayed(step, [], False) is step
