@@ -4,6 +4,7 @@ A step of a small network is hundreds of kernels of some microseconds, and a GPU
 What is replayed is what was recorded, so a step must not read a value back, nor depend on anything but its batch, weights and optimisers.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -71,9 +72,11 @@ def record(
     """Record a step on this batch, without running it. Returns what replays it, and where its results will be."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     graph = torch.cuda.CUDAGraph()
-    for entry in batch:
-        if isinstance(entry, torch.Generator):
-            graph.register_generator_state(entry)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from PyTorch 2.15 on a graph finds its generators itself, and says so
+        for entry in batch:
+            if isinstance(entry, torch.Generator) and hasattr(graph, "register_generator_state"):
+                graph.register_generator_state(entry)
     for group in groups:
         group["capturable"] = True  # Adam asks for it; the fused one does nothing else with it
     try:
@@ -82,4 +85,5 @@ def record(
     finally:
         for group in groups:
             group["capturable"] = False  # as a checkpoint should have it, and a step outside
+    torch.cuda.current_stream().wait_stream(stream)
     return graph.replay, out

@@ -374,6 +374,8 @@ def set_up(options: Options) -> torch.device:
         raise UserError(f"--device: {options.device} asked for, but this machine has {found} CUDA devices. Use --device cpu")
     if options.graph and device.type != "cuda":
         raise UserError(f"--graph: it replays CUDA graphs, and the device is {device.type}. Leave it out")
+    if device.type == "cuda" and device.index:
+        torch.cuda.set_device(device)  # streams and recordings are the current device's
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
