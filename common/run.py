@@ -37,6 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+LOG_EVERY = 1.0  # seconds between two writings of log.csv, which takes as long as a short epoch on a GPU
 SAMPLE_EPOCHS = {1, 2, 5, 10, 20, 50, 100, 200, 300, 400, 500, 1000}  # a grid of samples after these, and after the last
 
 
@@ -653,7 +654,8 @@ class Run:
         self.rows.append({"epoch": self.epoch + 1, **means, **more, "seconds": round(now - self.epoch_started, 3)})
         self.epoch_started = now
         self.epoch, self.step, self.sums, self.bad = self.epoch + 1, 0, None, None  # the next may have other losses: M1, then M2
-        self._write_log()
+        if self.epoch == 1 or now - self.logged_at > LOG_EVERY:
+            self._write_log()
         shown = "  ".join(f"{name} {value:.4g}" for name, value in self.rows[-1].items() if name != "epoch")
         if self.bar.disable:
             print(f"epoch {self.epoch}/{self.config.epochs}  {shown}", flush=True)
@@ -702,6 +704,7 @@ class Run:
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             },
         )
+        self._write_log()
         self.saved_at, self.saved_position = time.monotonic(), (self.epoch, self.step)
         if self.signal:
             name, code = ("Ctrl-C", 130) if self.signal == signal.SIGINT else ("SIGTERM", 143)
@@ -717,6 +720,7 @@ class Run:
         raise RunFailed(f"{self.folder}: {what} not finite, first at step {step} (epoch {self.epoch + 1}); {kept}")
 
     def _write_log(self) -> None:
+        self.logged_at = time.monotonic()
         path = self.folder / "log.csv"
         if not self.rows:
             path.unlink(missing_ok=True)  # of epochs that no checkpoint holds

@@ -232,6 +232,26 @@ def test_steps_that_are_not_finite_stop_the_run_and_keep_the_last_good_checkpoin
         assert r.path.read_bytes() == good
 
 
+def test_the_log_has_the_first_epoch_at_once_and_is_never_behind_a_checkpoint(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+
+    def epochs_logged() -> int:
+        return len((r.folder / "log.csv").read_text().splitlines()) - 1
+
+    with open_run(tmp_path, config=Config(epochs=9), save_every=1e9) as r:
+        r.resume(*one_layer(), 1)
+        logged = []
+        for seconds in (0.1, 0.1, 0.1, 1.1, 0.1):
+            clock[0] += seconds
+            r.after_step({"loss": torch.tensor(1.0)})
+            r.after_epoch()
+            logged.append(epochs_logged())
+        assert logged == [1, 1, 1, 4, 4]
+        r.save()
+        assert epochs_logged() == 5
+
+
 def test_a_second_process_on_the_folder_is_refused(tmp_path):
     with open_run(tmp_path), pytest.raises(UserError, match="another process is training this run"), open_run(tmp_path):
         pass
