@@ -33,9 +33,9 @@ def replayed(step: Step, optimizers: Iterable[torch.optim.Optimizer], wanted: bo
         nonlocal last, in_a_row
         kind = tuple(entry.shape if isinstance(entry, Tensor) else None if isinstance(entry, torch.Generator) else entry for entry in batch)
         last, in_a_row = kind, in_a_row + 1 if kind == last else 1
-        if kind not in recordings and in_a_row <= EAGER:
-            return on_stream(stream, step, batch)
         if kind not in recordings:
+            if in_a_row <= EAGER:
+                return on_stream(stream, step, batch)
             own = type(batch)(*(held(entry) for entry in batch))
             recordings[kind] = (own, *record(step, own, optimizers, stream))
         own, replay, out = recordings[kind]

@@ -13,7 +13,7 @@ import torch
 from common import data, graph, run
 from tests.conftest import run_command
 
-LOOPS = [  # paper, flags, how many recordings a run makes
+LOOPS = [  # paper, flags (one epoch, if they do not say), how many recordings a run makes
     ("segma", ["digits", "--batch-unlabelled", "10", "--n-labels", "20"], 1),
     ("segma", ["digits-m1m2", "--batch-unlabelled", "10", "--n-labels", "20", "--m1-epochs", "1", "--epochs", "2"], 2),
     ("segma", ["digits-adgm", "--batch-unlabelled", "10", "--n-labels", "20", "--hidden-dim", "20"], 1),
@@ -26,14 +26,13 @@ LOOPS = [  # paper, flags, how many recordings a run makes
     ("amm", ["digits", "--batch", "10", "--validation", "2"], 1),
     ("amm", ["samm-digits", "--batch", "10", "--validation", "2", "--n-labels", "20"], 1),
 ]
+in_every_loop = pytest.mark.parametrize(("paper", "flags", "count"), LOOPS, ids=lambda v: v[0] if isinstance(v, list) else str(v))
 STEPS = 6  # of an epoch; four images more are left, which two of the loops take as a smaller batch
 
 
 def trained(paper: str, flags: list[str], folder, wanted: bool) -> dict:
     """The checkpoint of a run on a few of the digits."""
-    config, options = run.parse(
-        paper, [*flags, *([] if "--epochs" in flags else ["--epochs", "1"]), "--threads", "1", "--runs", str(folder)]
-    )
+    config, options = run.parse(paper, ["--epochs", "1", *flags, "--threads", "1", "--runs", str(folder)])
     module = importlib.import_module(f"{paper}.train")
     whole, n = data.load("digits", folder), 10 * STEPS + 4
     few = replace(
@@ -69,7 +68,7 @@ def recordings(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize(("paper", "flags", "count"), LOOPS, ids=lambda value: value[0] if isinstance(value, list) else str(value))
+@in_every_loop
 def test_a_run_by_replays_is_the_same_run(paper, flags, count, tmp_path, recordings):
     plain, replayed = (trained(paper, flags, tmp_path / str(wanted), wanted) for wanted in (False, True))
     assert recordings == [STEPS - graph.EAGER] * count
@@ -80,13 +79,13 @@ def test_a_run_by_replays_is_the_same_run(paper, flags, count, tmp_path, recordi
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
-@pytest.mark.parametrize(("paper", "flags", "count"), LOOPS, ids=lambda value: value[0] if isinstance(value, list) else str(value))
+@in_every_loop
 def test_a_run_by_cuda_graphs_is_the_same_run(paper, flags, count, tmp_path):
     """Bit for bit where the kernels are deterministic, so the draws are the same ones too."""
     states = []
     for more in ([], ["--graph"]):
         where = ["--device", "cuda", "--deterministic", "--runs", tmp_path / str(len(states))]
-        code, _, err = run_command(f"{paper}.train", *flags, *([] if "--epochs" in flags else ["--epochs", "1"]), *where, *more)
+        code, _, err = run_command(f"{paper}.train", "--epochs", "1", *flags, *where, *more)
         assert code == 0, err
         states.append(run.load_checkpoint(next(where[-1].glob("*/*/*/checkpoint.pt"))))
     plain, replayed = states
