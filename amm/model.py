@@ -4,6 +4,7 @@ Codes y (B, K) and z (B, D) travel through 1×1 layers as maps of one pixel. Eve
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -257,21 +258,26 @@ def encoder_loss(rho_q: Tensor) -> Tensor:
     return F.softplus(rho_q).mean()
 
 
+def squared_slopes(discriminator: nn.Module, points: Sequence[Tensor], of: str = "logit", create_graph: bool = False) -> Tensor:
+    """Squared norms of D's gradient in x, in y and in z at points (x, y, z), each (M, …): (3, M). of: "logit" or "probability", its σ."""
+    points = [point.detach().requires_grad_() for point in points]
+    rho = discriminator(*points)
+    gradients = torch.autograd.grad((rho.sigmoid() if of == "probability" else rho).sum(), points, create_graph=create_graph)
+    return torch.stack([wide(g).flatten(1).square().sum(1) for g in gradients])
+
+
 def gradient_penalty(
     discriminator: nn.Module, first: tuple[Tensor, ...], second: tuple[Tensor, ...], t: Tensor, norm: str = "joint"
 ) -> Tensor:
-    """Eq. (18) without λ: mean (‖∇ D‖₂ - 1)² of D's logit, at points t of the way from `first` to `second`.
+    """Eq. (18) without λ: mean (‖∇ D‖₂ - 1)², at points t of the way from `first` to `second`.
 
-    first, second: (x, y, z), each (M, …), without gradients; t: (M,), uniform; norm: "joint", of the gradient in (x, y, z) together, or
-    "each", the sum of a penalty for x, one for y and one for z. A scalar through which D's parameters have gradients.
+    first, second: (x, y, z), each (M, …), without gradients; t: (M,), uniform; norm: "joint", of the gradient of D's logit in (x, y, z)
+    together; "each", the sum of a penalty for x, one for y and one for z; or "probability", as joint, of σ(D). A scalar through which D's
+    parameters have gradients.
     """
-    points = []
-    for a, b in zip(first, second, strict=True):
-        share = t.view(-1, *[1] * (a.dim() - 1))
-        points.append((a + share * (b - a)).detach().requires_grad_())
-    gradients = torch.autograd.grad(discriminator(*points).sum(), points, create_graph=True)
-    squares = torch.stack([wide(g).flatten(1).square().sum(1) for g in gradients])  # (3, M)
-    if norm == "joint":
+    points = [a + t.view(-1, *[1] * (a.dim() - 1)) * (b - a) for a, b in zip(first, second, strict=True)]
+    squares = squared_slopes(discriminator, points, "probability" if norm == "probability" else "logit", create_graph=True)
+    if norm != "each":
         squares = squares.sum(0, keepdim=True)
     return ((squares + 1e-12).sqrt() - 1).square().sum(0).mean()  # the root has no gradient at 0
 

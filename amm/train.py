@@ -26,6 +26,7 @@ from amm.model import (
     gradient_penalty,
     initialise,
     sampled,
+    squared_slopes,
 )
 from common import graph, run
 from common.data import Dataset, choose_labels, described, load
@@ -44,6 +45,7 @@ SETS = {  # data set: image shape, classes; None: the number is found in the fol
 }
 SVHN_TRAIN = 73_257  # images of svhn_extra that are train's: the first ones
 CHECKED = 5_000  # training images on which an epoch is judged where none are held out
+SLOPES_AT = 1_000  # of these images D's slopes are taken
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Config:
     n_labels: Count = 1000  # SAMM: training images whose class is known
     labels: Literal["random", "stratified", "first"] = "random"  # which ones
     penalty: NonNegative = 10.0  # λ of eq. (18)
-    penalty_norm: Literal["joint", "each"] = "joint"  # of D's gradient in x, y and z: eq. (18) as printed, or one penalty for each
+    penalty_norm: Literal["joint", "each", "probability"] = "joint"  # eq. (18)'s: in x, y and z together, one each; of σ(D), not the logit
     batch: Annotated[int, Range(2)] = 100  # M, images a step of each kind
     learning_rate: Positive = 2.0e-4  # α, Adam's, constant
     beta1: Decay = 0.5  # Adam's; its second one is 0.999
@@ -253,6 +255,19 @@ def mixture(networks: dict[str, nn.Module], k: int) -> tuple[Tensor, Tensor]:
     return found
 
 
+def mean_slopes(discriminator: nn.Module, images: Tensor, h: Tensor, z: Tensor, batch: int = 500) -> dict[str, float]:
+    """Mean norms of the gradient of D's logit in x, in y and in z at uint8 images and their codes, as `infer` gives them; no dropout.
+
+    Eq. (18) asks that the three together have norm 1: where the one in x is near 0, D has gone blind to images (ledger 23).
+    """
+    mode = discriminator.training
+    discriminator.eval()
+    codes = (part.to(images.device).split(batch) for part in (h.softmax(1), z))
+    parts = [squared_slopes(discriminator, (as_input(x), *of)) for x, *of in zip(images.split(batch), *codes, strict=True)]
+    discriminator.train(mode)
+    return {f"slope_{name}": slope.item() for name, slope in zip("xyz", torch.cat(parts, 1).sqrt().mean(1), strict=True)}
+
+
 def many_to_one_error(table: Tensor) -> float:
     """Eq. (17) as an error in percent, over all mappings: each cluster counts for its most frequent class. table: (K, N) counts."""
     return 100 * (1 - (table.amax(1).sum() / table.sum()).item())
@@ -306,8 +321,8 @@ def checks(networks: dict[str, nn.Module], config: Config, s: Split, data: Datas
     """What an epoch has come to, on the validation images, or the first CHECKED training images where there are none.
 
     components_used: how many components some image goes to by argmax G_y; components_entropy: the entropy of their frequencies, as a share
-    of log K. With validation images also errors in percent by eq. (19) and (_g_y) by argmax G_y; test_error is for the test error at the
-    epoch of the least validation error, which eval.py reports beside the last one.
+    of log K; slope_x, slope_y, slope_z: see mean_slopes. With validation images also errors in percent by eq. (19) and (_g_y) by argmax
+    G_y; test_error is for the test error at the epoch of the least validation error, which eval.py reports beside the last one.
     """
     images = s.validation_images if config.validation else s.images[:CHECKED]
     h, z = infer(networks, images.to(device))
@@ -315,7 +330,7 @@ def checks(networks: dict[str, nn.Module], config: Config, s: Split, data: Datas
     found = {
         "components_used": float((share > 0).sum()),
         "components_entropy": -torch.special.xlogy(share, share).sum().item() / math.log(config.n_components),
-    }
+    } | mean_slopes(networks["discriminator"], images[:SLOPES_AT].to(device), h[:SLOPES_AT], z[:SLOPES_AT])
     if config.validation and data.n_classes > 1:
         k, n = config.n_components, data.n_classes
         found["validation_error"] = error(by_bayes(networks, k, z, s.priors), s.validation_labels, config, n)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.special import expit
 from scipy.stats import multivariate_normal
 from torch.nn import functional as F
 
@@ -359,6 +360,26 @@ def test_one_penalty_each_asks_slope_1_of_a_linear_discriminator_in_x_y_and_z():
     penalty.backward()
     for w, norm in zip(discriminator.weights, norms, strict=True):
         torch.testing.assert_close(w.grad, 2 * (norm - 1) * w.detach() / norm, rtol=1e-6, atol=1e-9)
+
+
+def test_the_penalty_of_the_probability_in_closed_form():
+    """σ' of what the logit is at each point, times the slope of a linear D."""
+    discriminator, (first, second), t = Linear(), joints(), torch.rand(5, dtype=torch.float64)
+    norm = math.sqrt(sum(w.square().sum().item() for w in discriminator.weights))
+    points = [a + t.view(-1, *[1] * (a.dim() - 1)) * (b - a) for a, b in zip(first, second, strict=True)]
+    at = torch.from_numpy(expit(discriminator(*points).detach().numpy()))
+    penalty = gradient_penalty(discriminator, first, second, t, norm="probability")
+    assert penalty.item() == pytest.approx((at * (1 - at) * norm - 1).square().mean().item(), rel=1e-6)
+
+
+def test_slopes_of_a_linear_discriminator():
+    """Of more images than go in at once; a D that is trained is left so, and without gradients."""
+    discriminator = Linear()
+    images, h, z = torch.zeros(7, 1, 2, 2, dtype=torch.uint8), torch.randn(7, 3), torch.randn(7, 2)
+    found = train.mean_slopes(discriminator.float(), images, h, z, batch=3)
+    norms = [w.square().sum().sqrt().item() for w in discriminator.weights]
+    assert found == pytest.approx(dict(zip(("slope_x", "slope_y", "slope_z"), norms, strict=True)), rel=1e-6)
+    assert discriminator.training and all(w.grad is None for w in discriminator.weights)
 
 
 def test_the_points_of_the_penalty_lie_between_both_joints():
@@ -878,12 +899,15 @@ def test_what_an_epoch_has_come_to(monkeypatch):
     images = torch.zeros(10)
     s = train.Split(images, labels, images, labels, labels[:0], torch.full((5,), 0.2))
     data = Dataset("digits", images, labels, images + 1, torch.tensor([0, 1] * 5), tuple("012"), "0" * 16, True)
-    found = train.checks({}, config, s, data, torch.device("cpu"))
+    slopes = {"slope_x": 0.7, "slope_y": 0.5, "slope_z": 0.1}
+    monkeypatch.setattr(train, "mean_slopes", lambda discriminator, *points: slopes)
+    networks = {"discriminator": None}
+    found = train.checks(networks, config, s, data, torch.device("cpu"))
     shares = [0.3, 0.4, 0.2, 0.1]
     assert found.pop("components_entropy") == pytest.approx(-sum(p * math.log(p) for p in shares) / math.log(5))
-    assert found == pytest.approx({"components_used": 4, "validation_error_g_y": 10, "validation_error": 20, "test_error": 50})
-    none_held_out = train.checks({}, dataclasses.replace(config, validation=0), s, data, torch.device("cpu"))
-    assert none_held_out.keys() == {"components_used", "components_entropy"}
+    assert found == pytest.approx(slopes | {"components_used": 4, "validation_error_g_y": 10, "validation_error": 20, "test_error": 50})
+    none_held_out = train.checks(networks, dataclasses.replace(config, validation=0), s, data, torch.device("cpu"))
+    assert none_held_out.keys() == {"components_used", "components_entropy", *slopes}
 
 
 def test_other_readings_of_test_time(monkeypatch):
@@ -1060,6 +1084,9 @@ def test_two_steps_of_every_kind_of_experiment_and_its_evaluation(experiment, ti
         "encoder_grad",
         "components_entropy",
         "components_used",
+        "slope_x",
+        "slope_y",
+        "slope_z",
         "validation_error",
         "validation_error_g_y",
         "test_error",
