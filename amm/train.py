@@ -62,6 +62,7 @@ class Config:
     labels: Literal["random", "stratified", "first"] = "random"  # which ones
     penalty: NonNegative = 10.0  # λ of eq. (18)
     penalty_norm: Literal["joint", "each", "probability"] = "joint"  # eq. (18)'s: in x, y and z together, one each; of σ(D), not the logit
+    penalty_ends: Literal["joints", "sources"] = "joints"  # eq. (18)'s lines join (x, ỹ, z̃) and (x̃, y, z); or (x, y, z) and (x̃, ỹ, z̃)
     batch: Annotated[int, Range(2)] = 100  # M, images a step of each kind
     learning_rate: Positive = 2.0e-4  # α, Adam's, constant
     beta1: Decay = 0.5  # Adam's; its second one is 0.999
@@ -151,6 +152,8 @@ def gradients(
         sides = [side for game in games for side in (game.inferred, game.generated)]
         rho = networks["discriminator"](*(torch.cat(parts) for parts in zip(*sides, strict=True)))
         ends = [[torch.cat([game[i][j] for game in games]).detach() for j in range(3)] for i in (0, 1)]
+        if config.penalty_ends == "sources":  # real or prior against synthesized or inferred: the codes change sides
+            ends = [[ends[0][0], *ends[1][1:]], [ends[1][0], *ends[0][1:]]]
         between = torch.rand(len(ends[0][0]), device=device)
         penalty = gradient_penalty(networks["discriminator"], *ends, between, config.penalty_norm) if config.penalty else rho.new_zeros(())
     share = 1 / len(games)  # Algorithm 2 has 1 / 2M where Algorithm 1 has 1 / M

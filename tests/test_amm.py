@@ -71,10 +71,10 @@ def outputs(network, *example, kinds):
     return seen
 
 
-CONV = torch.nn.Conv2d, torch.nn.ConvTranspose2d
+CONV, DENSE = (torch.nn.Conv2d, torch.nn.ConvTranspose2d), torch.nn.Linear
 
 
-def test_shapes_of_tables_3_5_and_6():
+def test_shapes_of_tables_3_to_6():
     both = [(32, 27), (32, 13), (64, 6), (64, 4), (128, 1)]
     heads = [(10, 1), (10, 1), (64, 1), (64, 1)]
     x, y, z = torch.rand(2, *MNIST), torch.eye(10)[:2], torch.randn(2, 64)
@@ -85,11 +85,12 @@ def test_shapes_of_tables_3_5_and_6():
     assert decoder(y, z).shape == x.shape and 0 <= decoder(y, z).min() and decoder(y, z).max() <= 1
     discriminator = Discriminator(MNIST, 10, 64)
     assert outputs(discriminator, x, y, z, kinds=CONV) == both
-    assert [m.out_features for m in discriminator.p if isinstance(m, torch.nn.Linear)] == [256, 256, 1]
+    assert outputs(discriminator, x, y, z, kinds=DENSE) == [(64, 1)] * 4 + [(256, 1), (256, 1), (1, 1)]
+    assert outputs(Components(MNIST, 10, 64, "unit"), y, kinds=DENSE) == [(64, 1)] * 3
     assert discriminator(x, y, z).shape == (2,)
 
 
-def test_shapes_of_tables_7_9_and_10():
+def test_shapes_of_tables_7_to_10():
     x, y, z = torch.rand(2, *SVHN), torch.eye(30)[:2], torch.randn(2, 64)
     images = [(96, 32), (96, 32), (96, 32), (192, 16), (192, 16), (192, 16), (384, 6)]
     streams = [(192, 6), (192, 6), (96, 6), (96, 6)]
@@ -99,7 +100,8 @@ def test_shapes_of_tables_7_9_and_10():
     assert outputs(Decoder(SVHN, 30, 64), y, z, kinds=CONV) == [s for s in up for _ in "yz"]
     discriminator = Discriminator(SVHN, 30, 64)
     assert outputs(discriminator, x, y, z, kinds=CONV) == [*images, (192, 6), (96, 6)]
-    assert [m.in_features for m in discriminator.p if isinstance(m, torch.nn.Linear)] == [288, 288, 288]
+    assert outputs(discriminator, x, y, z, kinds=DENSE) == [(96, 1)] * 4 + [(288, 1), (288, 1), (1, 1)]
+    assert outputs(Components(SVHN, 30, 64, "learned"), y, kinds=DENSE) == [(64, 1)] * 2
 
 
 # ------------------------------------------------------------------------------------------------------------- dropout
@@ -148,7 +150,7 @@ def test_which_layers_see_dropped_inputs(name, shape):
     example = {"encoder": (x,), "components": (y,), "decoder": (y, z), "discriminator": (x, y, z)}[name]
     shares = []
     for module in network.modules():
-        if isinstance(module, (*CONV, torch.nn.Linear)):
+        if isinstance(module, (*CONV, DENSE)):
             module.register_forward_pre_hook(lambda _, inputs: shares.append((inputs[0] == 0).float().mean().item()))
     network(*example)
     assert shares == pytest.approx(DROPOUTS[name, shape], abs=0.04) and sum(s == 0 for s in shares) == DROPOUTS[name, shape].count(0)
@@ -293,8 +295,8 @@ def test_the_experiments_settings_are_the_papers():
         c = run.experiment_config("amm", name)
         labels = c.n_labels if c.semi_supervised else None
         assert (c.dataset, c.n_components, c.penalty, c.validation, c.held_out, labels, c.variance) == expected
-        of_learning = (1e-3, 32) if c.dataset == "digits" else (2e-4, 100)  # the digits' are ours
-        assert (c.learning_rate, c.batch) == of_learning
+        assert c.learning_rate == (1e-3 if c.dataset == "digits" else 2e-4)  # the digits' is ours
+        assert c.batch == (100 if c.dataset == "svhn" else 32)
         assert (c.beta1, c.latent_dim, c.factorisation, c.penalty_norm) == (0.5, 64, "eq7", "joint")
 
 
@@ -521,10 +523,13 @@ def test_the_joined_stream_is_the_stated_one():
         assert torch.equal(before[free][0], after[free][0]) and not torch.allclose(before[bound][0], after[bound][0])
 
 
-@pytest.mark.parametrize("semi_supervised, norm", [(False, "joint"), (True, "joint"), (False, "each")])
-def test_algorithms_1_and_2_replayed(semi_supervised, norm):
+@pytest.mark.parametrize("semi_supervised", [False, True])
+@pytest.mark.parametrize(
+    "switches", [{}, {"penalty_norm": "each"}, {"penalty_norm": "probability"}, {"penalty_ends": "sources"}, {"factorisation": "eq6"}]
+)
+def test_algorithms_1_and_2_replayed(semi_supervised, switches):
     """Losses, their gradients and the log of one step against the listings' formulas on the samples that the step draws, λ = 10."""
-    config, networks = built(semi_supervised=semi_supervised, penalty_norm=norm)
+    config, networks = built(semi_supervised=semi_supervised, **switches)
     batch, d = a_batch(), networks["discriminator"]
     torch.manual_seed(5)
     games = [train.play(networks, batch.images, None, PRIORS, config)]
@@ -534,11 +539,14 @@ def test_algorithms_1_and_2_replayed(semi_supervised, norm):
     t = torch.rand(6 * len(games))
     points = []
     for j in range(3):
-        first, second = (torch.cat([game[i][j] for game in games]).detach() for i in (0, 1))
+        sides = (1, 0) if config.penalty_ends == "sources" and j else (0, 1)  # prior codes go with real images, inferred with synthesized
+        first, second = (torch.cat([game[i][j] for game in games]).detach() for i in sides)
         along = t.reshape(-1, *[1] * (first.dim() - 1))
         points.append(((1 - along) * first + along * second).requires_grad_())
-    slopes = torch.autograd.grad(d(*points).sum(), points, create_graph=True)
-    asked = [torch.cat([slope.flatten(1) for slope in slopes], 1)] if norm == "joint" else [slope.flatten(1) for slope in slopes]
+    at = d(*points)
+    slopes = torch.autograd.grad((at.sigmoid() if config.penalty_norm == "probability" else at).sum(), points, create_graph=True)
+    flat = [slope.flatten(1) for slope in slopes]
+    asked = flat if config.penalty_norm == "each" else [torch.cat(flat, 1)]
     penalty = sum((part.norm(dim=1) - 1).pow(2).mean() for part in asked)
     halves = 0.5 if semi_supervised else 1.0  # 1 / 2M for 1 / M
     expected = {
@@ -557,6 +565,35 @@ def test_algorithms_1_and_2_replayed(semi_supervised, norm):
     torch.testing.assert_close(terms["penalty"], penalty, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(terms["d_inferred"], torch.cat(rho[::2]).mean())
     torch.testing.assert_close(terms["d_generated"], torch.cat(rho[1::2]).mean())
+
+
+@pytest.mark.parametrize("shape, channels", [(MNIST, 32), (SVHN, 192)])
+@pytest.mark.parametrize("receiver", ["y", "z"])
+def test_a_known_label_enters_z_alone(shape, channels, receiver):
+    """With nothing said of y, z's code is the unlabelled one; under eq. (6), and only there, a label adds its own map to every row."""
+    torch.manual_seed(0)
+    encoder = Encoder(shape, 3, 64, receiver, labelled=True).eval()
+    for row in encoder.rows:
+        torch.nn.init.zeros_(row.y.weight), torch.nn.init.zeros_(row.y.bias)
+        if row.label is not None:
+            torch.nn.init.zeros_(row.label.weight), torch.nn.init.zeros_(row.label.bias)
+    x, label = torch.rand(4, *shape), torch.eye(3)[[0, 1, 2, 0]]
+    plain, (none, known) = encoder(x)[1], encoder(x, label)
+    assert none is None
+    for a, b in zip(plain, known, strict=True):
+        torch.testing.assert_close(a, b)
+    row = encoder.rows[0]
+    assert (row.label is not None) == (receiver == "z")
+    if receiver == "z":  # a bias of the label's map is one of z's own
+        shift = torch.randn(channels)
+        with torch.no_grad():
+            row.label.bias.copy_(shift)
+        shifted = encoder(x, label)[1]
+        with torch.no_grad():
+            row.label.bias.zero_()
+            row.z.bias.add_(shift)
+        for a, b in zip(encoder(x, label)[1], shifted, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("semi_supervised", [False, True])
@@ -745,7 +782,8 @@ def test_both_mappings_of_eq_17_by_brute_force():
         assert evaluation.one_to_one_error(table) == pytest.approx(100 * (1 - max(right) / 60), abs=1e-4)
 
 
-# Figure 3d as printed, without its first column and with the zeros that its text lost: rows are classes, columns the 30 clusters.
+# Figure 3d: rows are classes, columns the 30 clusters. The last row's text has 31 numbers: one of its first fifteen, all small, is one too
+# many (a 3 is left out here), for with the last dropped instead 566 and 731 would lie in clusters of other classes.
 FIGURE_3D = """
 40 0 2 3 0 262 0 0 1 2 7 0 635 6 43 0 2 4 3 22 0 9 0 0 3 49 4 23 608 6
 688 1 864 9 1 101 3 1 9 3 6 7 7 2 2 1 23 2 1307 695 1 26 1 620 1 25 1 467 19 5
@@ -756,18 +794,19 @@ FIGURE_3D = """
 7 6 0 4 0 371 1 4 0 709 26 0 5 595 3 0 1 18 0 44 0 21 1 2 2 121 2 16 3 1
 38 0 21 7 1 12 0 0 1 0 44 572 1 0 0 1 688 12 18 123 0 15 0 6 0 9 1 423 3 13
 9 438 6 4 1 135 654 6 5 14 18 0 3 3 8 1 0 10 2 29 2 68 2 1 0 204 5 21 2 3
-7 3 1 8 0 18 1 1 1 0 4 0 3 3 3 566 3 0 1 2 39 2 62 0 2 1 47 731 64 5
+7 3 1 8 0 18 1 1 1 0 4 0 3 3 566 3 0 1 2 39 2 62 0 2 1 47 731 64 5 10
 """
 
 
 def test_the_paper_s_own_matrix_needs_the_many_to_one_mapping():
-    """Printed above it is ACC 0.7985; the matrix as it can be read gives the high seventies many-to-one and far less one-to-one."""
+    """Printed above it is ACC 0.7985; the matrix as it can be read gives 0.797 many-to-one and 0.36 one-to-one."""
     rows = [[int(x) for x in line.split()] for line in FIGURE_3D.strip().splitlines()]
     table = torch.tensor(rows, dtype=torch.float64).T
     assert table.shape == (30, 10)
-    assert 75 < 100 - train.many_to_one_error(table) < 80 and 100 - evaluation.one_to_one_error(table) < 45
+    assert 100 - train.many_to_one_error(table) == pytest.approx(79.85, abs=0.2)
+    assert 100 - evaluation.one_to_one_error(table) == pytest.approx(36, abs=0.5)
     purity = table.amax(1) / table.sum(1)  # what published.yaml says of it
-    assert purity.mean().item() == pytest.approx(0.792, abs=5e-4) and (purity < 0.5).sum() == 5
+    assert purity.mean().item() == pytest.approx(0.844, abs=5e-4) and (purity < 0.5).sum() == 4
     assert table.argmax(1).bincount(minlength=10).min() == 2
 
 
