@@ -4,7 +4,7 @@ Codes y (B, K) and z (B, D) travel through 1×1 layers as maps of one pixel. Eve
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -258,11 +258,10 @@ def encoder_loss(rho_q: Tensor) -> Tensor:
     return F.softplus(rho_q).mean()
 
 
-def squared_slopes(discriminator: nn.Module, points: Sequence[Tensor], of: str = "logit", create_graph: bool = False) -> Tensor:
-    """Squared norms of D's gradient in x, in y and in z at points (x, y, z), each (M, …): (3, M). of: "logit" or "probability", its σ."""
+def squared_slopes(d: Callable[..., Tensor], points: Sequence[Tensor], create_graph: bool = False) -> Tensor:
+    """Squared norms of the gradient of d(x, y, z), (M,), in x, in y and in z at these points, each (M, …): (3, M)."""
     points = [point.detach().requires_grad_() for point in points]
-    rho = discriminator(*points)
-    gradients = torch.autograd.grad((rho.sigmoid() if of == "probability" else rho).sum(), points, create_graph=create_graph)
+    gradients = torch.autograd.grad(d(*points).sum(), points, create_graph=create_graph)
     return torch.stack([wide(g).flatten(1).square().sum(1) for g in gradients])
 
 
@@ -276,7 +275,8 @@ def gradient_penalty(
     parameters have gradients.
     """
     points = [a + t.view(-1, *[1] * (a.dim() - 1)) * (b - a) for a, b in zip(first, second, strict=True)]
-    squares = squared_slopes(discriminator, points, "probability" if norm == "probability" else "logit", create_graph=True)
+    d = (lambda *joint: discriminator(*joint).sigmoid()) if norm == "probability" else discriminator
+    squares = squared_slopes(d, points, create_graph=True)
     if norm != "each":
         squares = squares.sum(0, keepdim=True)
     return ((squares + 1e-12).sqrt() - 1).square().sum(0).mean()  # the root has no gradient at 0

@@ -6,6 +6,8 @@ Run it again to resume; `--describe` prints what would be trained.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -237,25 +239,31 @@ def split(config: Config, data: Dataset, seed: int) -> Split:
     return Split(images, labels, data.train_images[out], data.train_labels[out], known, priors)
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode meanwhile, and as it was afterwards."""
+    mode = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(mode)
+
+
 @torch.no_grad()
 def infer(networks: dict[str, nn.Module], images: Tensor, batch: int = 500) -> tuple[Tensor, Tensor]:
     """h_y's means (N, K) and z's (N, D) of uint8 images, on the CPU; no noise, no dropout, batch normalisation by its running means."""
-    mode = networks["encoder"].training
-    networks["encoder"].eval()
-    parts = [networks["encoder"](as_input(part)) for part in images.split(batch)]
-    networks["encoder"].train(mode)
+    with evaluating(networks["encoder"]):
+        parts = [networks["encoder"](as_input(part)) for part in images.split(batch)]
     return torch.cat([h[0].cpu() for h, _ in parts]), torch.cat([z[0].cpu() for _, z in parts])
 
 
 @torch.no_grad()
 def mixture(networks: dict[str, nn.Module], k: int) -> tuple[Tensor, Tensor]:
     """Means and log-variances (K, D) of the learned components."""
-    mode = networks["components"].training
-    networks["components"].eval()
     device = next(networks["components"].parameters()).device
-    found = networks["components"](torch.eye(k, device=device))
-    networks["components"].train(mode)
-    return found
+    with evaluating(networks["components"]):
+        return networks["components"](torch.eye(k, device=device))
 
 
 def mean_slopes(discriminator: nn.Module, images: Tensor, h: Tensor, z: Tensor, batch: int = 500) -> dict[str, float]:
@@ -263,11 +271,9 @@ def mean_slopes(discriminator: nn.Module, images: Tensor, h: Tensor, z: Tensor, 
 
     Eq. (18) asks that the three together have norm 1: where the one in x is near 0, D has gone blind to images (ledger 23).
     """
-    mode = discriminator.training
-    discriminator.eval()
     codes = (part.to(images.device).split(batch) for part in (h.softmax(1), z))
-    parts = [squared_slopes(discriminator, (as_input(x), *of)) for x, *of in zip(images.split(batch), *codes, strict=True)]
-    discriminator.train(mode)
+    with evaluating(discriminator):
+        parts = [squared_slopes(discriminator, (as_input(x), *of)) for x, *of in zip(images.split(batch), *codes, strict=True)]
     return {f"slope_{name}": slope.item() for name, slope in zip("xyz", torch.cat(parts, 1).sqrt().mean(1), strict=True)}
 
 
@@ -360,14 +366,12 @@ def error(predicted: Tensor, labels: Tensor, config: Config, n_classes: int) -> 
 def draw(networks: dict[str, nn.Module], config: Config, components: Tensor, noise: torch.Generator) -> Tensor:
     """Images (n, C, H, W) in [0, 1] on the CPU of these components (n,); noise: a generator on the CPU."""
     means, log_variances = mixture(networks, config.n_components)
-    mode = networks["decoder"].training
-    networks["decoder"].eval()
     parts = []
-    for k in components.split(500):
-        epsilon = torch.randn(len(k), config.latent_dim, generator=noise).to(means.device)
-        z = means[k] + (log_variances[k] / 2).exp() * epsilon
-        parts.append(networks["decoder"](F.one_hot(k, config.n_components).to(z.dtype).to(z.device), z).cpu())
-    networks["decoder"].train(mode)
+    with evaluating(networks["decoder"]):
+        for k in components.split(500):
+            epsilon = torch.randn(len(k), config.latent_dim, generator=noise).to(means.device)
+            z = means[k] + (log_variances[k] / 2).exp() * epsilon
+            parts.append(networks["decoder"](F.one_hot(k, config.n_components).to(z.dtype).to(z.device), z).cpu())
     return torch.cat(parts)
 
 
