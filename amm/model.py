@@ -105,7 +105,9 @@ class Coupled(nn.Module):
 class Encoder(nn.Module):
     """G_y and G_z of images: Table 3 (28×28) or Table 7 (32×32)."""
 
-    def __init__(self, shape: tuple[int, int, int], n_components: int, latent_dim: int, receiver: str, labelled: bool = False):
+    def __init__(
+        self, shape: tuple[int, int, int], n_components: int, latent_dim: int, receiver: str, labelled: bool = False, y_noise: bool = True
+    ):
         super().__init__()
         if shape[1] == 28:
             self.shared, channels, rows = nn.Identity(), shape[0], [(layer, 1) for layer in MNIST_ENCODER]
@@ -116,18 +118,21 @@ class Encoder(nn.Module):
         for layer, pool in rows:
             self.rows.append(Coupled(channels, layer, n_components, receiver, labelled, pool))
             channels = layer[0]
-        self.y_heads = nn.ModuleList(nn.Conv2d(channels, n_components, 1) for _ in range(2))  # y_μ, y_σ
+        self.y_heads = nn.ModuleList(nn.Conv2d(channels, n_components, 1) for _ in range(1 + y_noise))  # y_μ, y_σ
         self.z_heads = nn.ModuleList(nn.Conv2d(channels, latent_dim, 1) for _ in range(2))  # z_μ, z_σ
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor]]:
         """Means and log-variances of h_y, (B, K), and z, (B, D). x: (B, C, H, W) in [0, 1].
 
-        label: (B, K), one-hot, where y is known: then None stands for h_y's.
+        label: (B, K), one-hot, where y is known: then None stands for h_y's. Without noise h_y's log-variance is -inf.
         """
         y = z = self.shared(x)
         for row in self.rows:
             y, z = row(y, z, label)
-        of_y = None if y is None else tuple(wide(head(y).flatten(1)) for head in self.y_heads)
+        of_y = None
+        if y is not None:
+            mean, *log_variance = (wide(head(y).flatten(1)) for head in self.y_heads)
+            of_y = mean, log_variance[0] if log_variance else torch.full_like(mean, -torch.inf)
         return of_y, tuple(wide(head(z).flatten(1)) for head in self.z_heads)
 
 

@@ -47,7 +47,7 @@ SETS = {  # data set: image shape, classes; None: the number is found in the fol
 }
 SVHN_TRAIN = 73_257  # images of svhn_extra that are train's: the first ones
 CHECKED = 5_000  # training images on which an epoch is judged where none are held out
-SLOPES_AT = 1_000  # of these images D's slopes are taken
+SLOPES_AT = 1_000  # of these images D's slopes and the noise of y are taken
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Config:
     latent_dim: Count = 64  # of z
     factorisation: Literal["eq7", "eq6"] = "eq7"  # q(z|x) q(y|x, z), the tables' wiring, or q(y|x) q(z|x, y), Algorithm 1's
     variance: Literal["unit", "learned"] = "unit"  # of the components: Tables 4 and 8
+    y_noise: Literal["learned", "none"] = "learned"  # of h_y: eq. (8)'s σ_y; or ỹ = softmax(μ_y)
     semi_supervised: bool = False  # SAMM, Algorithm 2
     n_labels: Count = 1000  # SAMM: training images whose class is known
     labels: Literal["random", "stratified", "first"] = "random"  # which ones
@@ -86,7 +87,7 @@ def build(config: Config) -> dict[str, nn.Module]:
     """The four networks by name. components is G_z(y), the mixture."""
     shape, k, d = config.shape, config.n_components, config.latent_dim
     networks = {
-        "encoder": Encoder(shape, k, d, "y" if config.factorisation == "eq7" else "z", config.semi_supervised),
+        "encoder": Encoder(shape, k, d, "y" if config.factorisation == "eq7" else "z", config.semi_supervised, config.y_noise == "learned"),
         "components": Components(shape, k, d, config.variance),
         "decoder": Decoder(shape, k, d),
         "discriminator": Discriminator(shape, k, d),
@@ -102,8 +103,10 @@ def examples(config: Config) -> dict[str, Tensor | tuple[Tensor, ...]]:
     return {"encoder": x, "components": y, "decoder": (y, z), "discriminator": (x, y, z)}
 
 
-# Each has its own optimiser. In Algorithm 1's order; Algorithm 2's is another, which is the same here: no gradient is taken in between.
-PLAYERS = {"discriminator": ("discriminator",), "decoder": ("decoder", "components"), "encoder": ("encoder",)}
+PLAYERS = {"discriminator": ("discriminator",), "decoder": ("decoder", "components"), "encoder": ("encoder",)}  # each has its own optimiser
+# Who moves after whom, in the last lines of each. As no gradient is taken in between, both give the same (ledger 21).
+ALGORITHM_1 = "discriminator", "decoder", "encoder"
+ALGORITHM_2 = "discriminator", "encoder", "decoder"
 
 
 class Batch(NamedTuple):
@@ -134,10 +137,11 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One iteration of Algorithm 1, or with labels of Algorithm 2. Draws from torch's global generator. Returns what the log shows.
 
-    priors: p(y), (K,). All gradients are taken from the same samples before any parameter moves; D's comes first in the listing.
+    priors: p(y), (K,). All gradients are taken from the same samples before any parameter moves.
     """
     found, terms = gradients(networks, batch, priors, config, precision)
-    return terms | {f"{player}_grad": descend(optimizer, found[player]) for player, optimizer in optimizers.items()}
+    norms = {player: descend(optimizers[player], found[player]) for player in (ALGORITHM_2 if config.semi_supervised else ALGORITHM_1)}
+    return terms | {f"{player}_grad": norms[player] for player in PLAYERS}
 
 
 def gradients(
@@ -277,6 +281,15 @@ def mean_slopes(discriminator: nn.Module, images: Tensor, h: Tensor, z: Tensor, 
     return {f"slope_{name}": slope.item() for name, slope in zip("xyz", torch.cat(parts, 1).sqrt().mean(1), strict=True)}
 
 
+@torch.no_grad()
+def label_noise(encoder: nn.Module, images: Tensor, batch: int = 500) -> dict[str, float]:
+    """Mean σ_y of eq. (8), and the mean deviation of μ_y over these uint8 images: where the first is far above, chance decides ỹ."""
+    with evaluating(encoder):
+        parts = [encoder(as_input(part))[0] for part in images.split(batch)]
+    mean, log_variance = (torch.cat(part) for part in zip(*parts, strict=True))
+    return {"sigma_y": (log_variance / 2).exp().mean().item(), "spread_y": mean.std(0, correction=0).mean().item()}
+
+
 def many_to_one_error(table: Tensor) -> float:
     """Eq. (17) as an error in percent, over all mappings: each cluster counts for its most frequent class. table: (K, N) counts."""
     return 100 * (1 - (table.amax(1).sum() / table.sum()).item())
@@ -330,16 +343,19 @@ def checks(networks: dict[str, nn.Module], config: Config, s: Split, data: Datas
     """What an epoch has come to, on the validation images, or the first CHECKED training images where there are none.
 
     components_used: how many components some image goes to by argmax G_y; components_entropy: the entropy of their frequencies, as a share
-    of log K; slope_x, slope_y, slope_z: see mean_slopes. With validation images also errors in percent by eq. (19) and (_g_y) by argmax
-    G_y; test_error is for the test error at the epoch of the least validation error, which eval.py reports beside the last one.
+    of log K; slope_x, slope_y, slope_z: see mean_slopes; sigma_y, spread_y: see label_noise. With validation images also errors in percent
+    by eq. (19) and (_g_y) by argmax G_y; test_error is for the test error at the epoch of the least validation error, which eval.py
+    reports beside the last one.
     """
     images = s.validation_images if config.validation else s.images[:CHECKED]
     h, z = infer(networks, images.to(device))
     share = h.argmax(1).bincount(minlength=config.n_components) / len(h)
+    few = images[:SLOPES_AT].to(device)
     found = {
         "components_used": float((share > 0).sum()),
         "components_entropy": -torch.special.xlogy(share, share).sum().item() / math.log(config.n_components),
-    } | mean_slopes(networks["discriminator"], images[:SLOPES_AT].to(device), h[:SLOPES_AT], z[:SLOPES_AT])
+    }
+    found |= mean_slopes(networks["discriminator"], few, h[: len(few)], z[: len(few)]) | label_noise(networks["encoder"], few)
     if config.validation and data.n_classes > 1:
         k, n = config.n_components, data.n_classes
         found["validation_error"] = error(by_bayes(networks, k, z, s.priors), s.validation_labels, config, n)

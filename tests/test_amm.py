@@ -52,9 +52,11 @@ def test_the_counts_of_every_network(shape, i, k):
 @pytest.mark.parametrize("experiment", run.experiments("amm"))
 def test_the_experiments_networks_are_the_tables(experiment):
     config = run.experiment_config("amm", experiment)
-    expected = COUNTS[config.shape][config.n_components // 10 - 1]
+    encoder, *others = COUNTS[config.shape][config.n_components // 10 - 1]
+    if config.y_noise == "none":
+        encoder -= 128 * 10 + 10  # Table 3's y_σ
     networks = train.build(config)
-    assert tuple(count(networks[name]) for name in ("encoder", "components", "decoder", "discriminator")) == expected
+    assert [count(networks[name]) for name in ("encoder", "components", "decoder", "discriminator")] == [encoder, *others]
     for network in networks.values():
         for module in network.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.ConvTranspose2d):
@@ -281,8 +283,9 @@ def test_without_labels_both_factorisations_have_the_tables_counts():
 
 
 SETTINGS = {  # Secs. 4, 4.1 and 4.2, and ledger 9 and 10: data, K, λ, held out and how, labels, variance
-    "mnist": ("mnist", 10, 10.0, 5000, "random", None, "unit"), "mnist-k20": ("mnist", 20, 10.0, 5000, "random", None, "unit"),
-    "mnist-k30": ("mnist", 30, 10.0, 5000, "random", None, "unit"), "samm-mnist": ("mnist", 10, 10.0, 5000, "random", 100, "unit"),
+    "mnist": ("mnist", 10, 10.0, 5000, "random", None, "unit"), "mnist-nonoise": ("mnist", 10, 10.0, 5000, "random", None, "unit"),
+    "mnist-k20": ("mnist", 20, 10.0, 5000, "random", None, "unit"), "mnist-k30": ("mnist", 30, 10.0, 5000, "random", None, "unit"),
+    "samm-mnist": ("mnist", 10, 10.0, 5000, "random", 100, "unit"),
     "svhn-k10": ("svhn", 10, 0.01, 10_000, "last", None, "learned"), "svhn-k20": ("svhn", 20, 0.01, 10_000, "last", None, "learned"),
     "svhn-k30": ("svhn", 30, 0.01, 10_000, "last", None, "learned"), "samm-svhn": ("svhn", 10, 0.01, 10_000, "last", 1000, "learned"),
     "digits": ("digits", 10, 1.0, 100, "random", None, "unit"), "samm-digits": ("digits", 10, 1.0, 100, "random", 100, "unit"),
@@ -297,6 +300,7 @@ def test_the_experiments_settings_are_the_papers():
         assert (c.dataset, c.n_components, c.penalty, c.validation, c.held_out, labels, c.variance) == expected
         assert c.learning_rate == (1e-3 if c.dataset == "digits" else 2e-4)  # the digits' is ours
         assert c.batch == (100 if c.dataset == "svhn" else 32)
+        assert c.y_noise == ("none" if name == "mnist-nonoise" else "learned")
         assert (c.beta1, c.latent_dim, c.factorisation, c.penalty_norm) == (0.5, 64, "eq7", "joint")
 
 
@@ -372,6 +376,35 @@ def test_the_penalty_of_the_probability_in_closed_form():
     at = torch.from_numpy(expit(discriminator(*points).detach().numpy()))
     penalty = gradient_penalty(discriminator, first, second, t, norm="probability")
     assert penalty.item() == pytest.approx((at * (1 - at) * norm - 1).square().mean().item(), rel=1e-6)
+
+
+def test_the_noise_of_the_label_as_the_log_has_it():
+    """An encoder that says μ_y = (x, 3x) and log σ_y² = (0, 2 log 4) of an image of value x."""
+
+    class Says(torch.nn.Module):
+        def forward(self, x):
+            value = x.mean((1, 2, 3))
+            return (torch.stack([value, 3 * value], 1), torch.tensor([0.0, 2 * math.log(4)]).expand(len(x), 2)), None
+
+    images = torch.tensor([0, 255] * 6, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, *MNIST)
+    found = train.label_noise(Says(), images, batch=5)
+    assert found == pytest.approx({"sigma_y": (1 + 4) / 2, "spread_y": (0.5 + 1.5) / 2})
+
+
+@pytest.mark.parametrize("factorisation", ["eq7", "eq6"])
+def test_without_noise_the_label_is_the_softmax_of_the_mean(factorisation):
+    config, networks = built(y_noise="none", factorisation=factorisation)
+    x = a_batch().images
+    torch.manual_seed(1)
+    inferred = train.play(networks, x, None, PRIORS, config).inferred
+    torch.manual_seed(1)  # the same draws once more, dropout's included
+    y = F.one_hot(torch.multinomial(PRIORS, 6, replacement=True), 3).float()
+    networks["decoder"](y, model.sampled(*networks["components"](y)))
+    (mean, log_variance), _ = networks["encoder"](x)
+    assert torch.equal(inferred[1], mean.softmax(1)) and (log_variance == -torch.inf).all()
+    with_noise = built(factorisation=factorisation)[1]["encoder"]
+    assert count(with_noise) - count(networks["encoder"]) == 128 * 3 + 3  # the head of y_σ
+    assert train.label_noise(networks["encoder"], (255 * x).byte())["sigma_y"] == 0
 
 
 def test_slopes_of_a_linear_discriminator():
@@ -525,7 +558,15 @@ def test_the_joined_stream_is_the_stated_one():
 
 @pytest.mark.parametrize("semi_supervised", [False, True])
 @pytest.mark.parametrize(
-    "switches", [{}, {"penalty_norm": "each"}, {"penalty_norm": "probability"}, {"penalty_ends": "sources"}, {"factorisation": "eq6"}]
+    "switches",
+    [
+        {},
+        {"penalty_norm": "each"},
+        {"penalty_norm": "probability"},
+        {"penalty_ends": "sources"},
+        {"factorisation": "eq6"},
+        {"y_noise": "none"},
+    ],
 )
 def test_algorithms_1_and_2_replayed(semi_supervised, switches):
     """Losses, their gradients and the log of one step against the listings' formulas on the samples that the step draws, λ = 10."""
@@ -652,8 +693,12 @@ def test_algorithm_2_halves_both_games(monkeypatch):
     assert len(seen) == 2 and terms["discriminator_loss"].item() == pytest.approx((seen[0] + seen[1]).item() / 2, rel=1e-5)
 
 
-def test_all_gradients_are_taken_before_anything_moves():
-    config, networks = built()
+@pytest.mark.parametrize(
+    "semi_supervised, order", [(False, ["discriminator", "decoder", "encoder"]), (True, ["discriminator", "encoder", "decoder"])]
+)
+def test_all_gradients_are_taken_before_anything_moves(semi_supervised, order):
+    """order: of the last lines of Algorithm 1, and of Algorithm 2."""
+    config, networks = built(semi_supervised=semi_supervised)
     torch.manual_seed(0)
     expected, _ = train.gradients(networks, a_batch(), PRIORS, config)
     before = {player: [p.detach().clone() for n in names for p in networks[n].parameters()] for player, names in train.PLAYERS.items()}
@@ -665,7 +710,7 @@ def test_all_gradients_are_taken_before_anything_moves():
         optimizer.register_step_post_hook(lambda *_, player=player: stepped.append(player))
     torch.manual_seed(0)
     train.train_step(networks, optimizers, a_batch(), PRIORS, config)
-    assert stepped == ["discriminator", "decoder", "encoder"]  # Algorithm 1's last lines
+    assert stepped == order
     for player, names in train.PLAYERS.items():
         after = [p.detach() for n in names for p in networks[n].parameters()]
         for old, new, gradient in zip(before[player], after, expected[player], strict=True):
@@ -938,15 +983,18 @@ def test_what_an_epoch_has_come_to(monkeypatch):
     images = torch.zeros(10)
     s = train.Split(images, labels, images, labels, labels[:0], torch.full((5,), 0.2))
     data = Dataset("digits", images, labels, images + 1, torch.tensor([0, 1] * 5), tuple("012"), "0" * 16, True)
-    slopes = {"slope_x": 0.7, "slope_y": 0.5, "slope_z": 0.1}
+    slopes, noise = {"slope_x": 0.7, "slope_y": 0.5, "slope_z": 0.1}, {"sigma_y": 2.0, "spread_y": 3.0}
     monkeypatch.setattr(train, "mean_slopes", lambda discriminator, *points: slopes)
-    networks = {"discriminator": None}
+    monkeypatch.setattr(train, "label_noise", lambda encoder, few: noise)
+    networks = {"discriminator": None, "encoder": None}
     found = train.checks(networks, config, s, data, torch.device("cpu"))
     shares = [0.3, 0.4, 0.2, 0.1]
     assert found.pop("components_entropy") == pytest.approx(-sum(p * math.log(p) for p in shares) / math.log(5))
-    assert found == pytest.approx(slopes | {"components_used": 4, "validation_error_g_y": 10, "validation_error": 20, "test_error": 50})
+    assert found == pytest.approx(
+        slopes | noise | {"components_used": 4, "validation_error_g_y": 10, "validation_error": 20, "test_error": 50}
+    )
     none_held_out = train.checks(networks, dataclasses.replace(config, validation=0), s, data, torch.device("cpu"))
-    assert none_held_out.keys() == {"components_used", "components_entropy", *slopes}
+    assert none_held_out.keys() == {"components_used", "components_entropy", *slopes, *noise}
 
 
 def test_other_readings_of_test_time(monkeypatch):
@@ -1124,6 +1172,8 @@ def test_two_steps_of_every_kind_of_experiment_and_its_evaluation(experiment, ti
         "components_entropy",
         "components_used",
         "slope_x",
+        "sigma_y",
+        "spread_y",
         "slope_y",
         "slope_z",
         "validation_error",
