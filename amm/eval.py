@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from amm.model import sampled
-from amm.train import Config, Split, as_input, by_bayes, draw, error, infer, split
+from amm.train import Config, Split, as_input, by_bayes, diagnosis, draw, error, infer, split
 from common import plots, run
 from common.data import Dataset, load
 from common.metrics import contingency, error_rate
@@ -70,6 +70,7 @@ def evaluate(options: run.Options) -> dict:
         raise run.UserError(f"{data.name} has {len(data.test_images)} test image; the figures need at least 2")
     s = split(trained.config, data, options.seed)
     metrics = predictions(trained, data.test_images, data.test_labels, s.priors, data.n_classes)
+    metrics |= diagnosis(trained.networks, data.test_images.to(device))
     if trained.config.validation:
         on_validation = predictions(trained, s.validation_images, s.validation_labels, s.priors, data.n_classes)
         metrics |= {f"{name}_validation": value for name, value in on_validation.items() if "purity_of" not in name}

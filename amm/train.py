@@ -47,7 +47,6 @@ SETS = {  # data set: image shape, classes; None: the number is found in the fol
 }
 SVHN_TRAIN = 73_257  # images of svhn_extra that are train's: the first ones
 CHECKED = 5_000  # training images on which an epoch is judged where none are held out
-SLOPES_AT = 1_000  # of these images D's slopes and the noise of y are taken
 
 
 @dataclass(frozen=True)
@@ -290,6 +289,13 @@ def label_noise(encoder: nn.Module, images: Tensor, batch: int = 500) -> dict[st
     return {"sigma_y": (log_variance / 2).exp().mean().item(), "spread_y": mean.std(0, correction=0).mean().item()}
 
 
+def diagnosis(networks: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
+    """What shows why a run went wrong, of the first 1,000 of these uint8 images: slope_x, slope_y, slope_z, see mean_slopes; sigma_y and
+    spread_y, see label_noise."""
+    images = images[:1000]
+    return mean_slopes(networks["discriminator"], images, *infer(networks, images)) | label_noise(networks["encoder"], images)
+
+
 def many_to_one_error(table: Tensor) -> float:
     """Eq. (17) as an error in percent, over all mappings: each cluster counts for its most frequent class. table: (K, N) counts."""
     return 100 * (1 - (table.amax(1).sum() / table.sum()).item())
@@ -343,19 +349,16 @@ def checks(networks: dict[str, nn.Module], config: Config, s: Split, data: Datas
     """What an epoch has come to, on the validation images, or the first CHECKED training images where there are none.
 
     components_used: how many components some image goes to by argmax G_y; components_entropy: the entropy of their frequencies, as a share
-    of log K; slope_x, slope_y, slope_z: see mean_slopes; sigma_y, spread_y: see label_noise. With validation images also errors in percent
-    by eq. (19) and (_g_y) by argmax G_y; test_error is for the test error at the epoch of the least validation error, which eval.py
-    reports beside the last one.
+    of log K; and the diagnosis. With validation images also errors in percent by eq. (19) and (_g_y) by argmax G_y; test_error is for the
+    test error at the epoch of the least validation error, which eval.py reports beside the last one.
     """
     images = s.validation_images if config.validation else s.images[:CHECKED]
     h, z = infer(networks, images.to(device))
     share = h.argmax(1).bincount(minlength=config.n_components) / len(h)
-    few = images[:SLOPES_AT].to(device)
     found = {
         "components_used": float((share > 0).sum()),
         "components_entropy": -torch.special.xlogy(share, share).sum().item() / math.log(config.n_components),
-    }
-    found |= mean_slopes(networks["discriminator"], few, h[: len(few)], z[: len(few)]) | label_noise(networks["encoder"], few)
+    } | diagnosis(networks, images.to(device))
     if config.validation and data.n_classes > 1:
         k, n = config.n_components, data.n_classes
         found["validation_error"] = error(by_bayes(networks, k, z, s.priors), s.validation_labels, config, n)

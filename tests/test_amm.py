@@ -894,7 +894,7 @@ def test_the_numbers_of_an_evaluation(monkeypatch, tmp_path):
     labels, priors = torch.tensor([0, 0, 1, 1, 2, 2, 0, 1]), torch.tensor([0.1, 0.3, 0.2, 0.2, 0.2])
     data = Dataset("digits", numbered(99), labels[:1], numbered(*range(8)), labels, tuple("012"), "0" * 16, True)
     s = train.Split(numbered(99), labels[:1], numbered(8, 9, 10, 11), torch.tensor([0, 1, 2, 2]), labels[:0], priors)
-    for name, answer in (("load", data), ("split", s), ("in_other_modes", {}), ("figures", None)):
+    for name, answer in (("load", data), ("split", s), ("in_other_modes", {}), ("diagnosis", {"slope_x": 0.5}), ("figures", None)):
         monkeypatch.setattr(evaluation, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(run, "check_data", lambda *_: None)
     monkeypatch.setattr(run, "record", lambda options, config, state, metrics, device: metrics)
@@ -911,7 +911,7 @@ def test_the_numbers_of_an_evaluation(monkeypatch, tmp_path):
         "error_validation": 25.0, "error_one_to_one_validation": 25.0, "error_g_y_validation": 50.0,
         "error_one_to_one_g_y_validation": 50.0, "agreement_validation": 75.0, "purity_validation": 50.0, "least_purity_validation": 50.0,
         "noise_clusters_validation": 0.0, "empty_clusters_validation": 4.0, "fewest_clusters_validation": 0.0,
-        "error_best_on_validation": 50.0,
+        "error_best_on_validation": 50.0, "slope_x": 0.5,
     }  # fmt: skip
     assert found == pytest.approx(expected, abs=1e-4)
 
@@ -983,18 +983,14 @@ def test_what_an_epoch_has_come_to(monkeypatch):
     images = torch.zeros(10)
     s = train.Split(images, labels, images, labels, labels[:0], torch.full((5,), 0.2))
     data = Dataset("digits", images, labels, images + 1, torch.tensor([0, 1] * 5), tuple("012"), "0" * 16, True)
-    slopes, noise = {"slope_x": 0.7, "slope_y": 0.5, "slope_z": 0.1}, {"sigma_y": 2.0, "spread_y": 3.0}
-    monkeypatch.setattr(train, "mean_slopes", lambda discriminator, *points: slopes)
-    monkeypatch.setattr(train, "label_noise", lambda encoder, few: noise)
-    networks = {"discriminator": None, "encoder": None}
-    found = train.checks(networks, config, s, data, torch.device("cpu"))
+    diagnosis = {"slope_x": 0.7, "sigma_y": 2.0}
+    monkeypatch.setattr(train, "diagnosis", lambda networks, images: diagnosis)
+    found = train.checks({}, config, s, data, torch.device("cpu"))
     shares = [0.3, 0.4, 0.2, 0.1]
     assert found.pop("components_entropy") == pytest.approx(-sum(p * math.log(p) for p in shares) / math.log(5))
-    assert found == pytest.approx(
-        slopes | noise | {"components_used": 4, "validation_error_g_y": 10, "validation_error": 20, "test_error": 50}
-    )
-    none_held_out = train.checks(networks, dataclasses.replace(config, validation=0), s, data, torch.device("cpu"))
-    assert none_held_out.keys() == {"components_used", "components_entropy", *slopes, *noise}
+    assert found == pytest.approx(diagnosis | {"components_used": 4, "validation_error_g_y": 10, "validation_error": 20, "test_error": 50})
+    none_held_out = train.checks({}, dataclasses.replace(config, validation=0), s, data, torch.device("cpu"))
+    assert none_held_out.keys() == {"components_used", "components_entropy", *diagnosis}
 
 
 def test_other_readings_of_test_time(monkeypatch):
@@ -1156,7 +1152,7 @@ def test_two_steps_of_every_kind_of_experiment_and_its_evaluation(experiment, ti
     folder = train.train(config, options)
     result = evaluation.evaluate(options)
     assert result == json.loads((folder / "eval.json").read_text()) and all(math.isfinite(v) for v in result["metrics"].values())
-    assert {"error", "error_g_y", "agreement", "purity", "error_validation"} <= result["metrics"].keys()
+    assert {"error", "error_g_y", "agreement", "purity", "error_validation", "slope_z", "sigma_y"} <= result["metrics"].keys()
     assert {"error_sampled", "error_g_y_batch_statistics", "error_best_on_validation"} <= result["metrics"].keys()
     assert ("error_one_to_one" in result["metrics"]) == (not experiment.startswith("samm"))
     pictures = {path.stem for path in (folder / "figures").glob("*.png")}
@@ -1172,10 +1168,10 @@ def test_two_steps_of_every_kind_of_experiment_and_its_evaluation(experiment, ti
         "components_entropy",
         "components_used",
         "slope_x",
-        "sigma_y",
-        "spread_y",
         "slope_y",
         "slope_z",
+        "sigma_y",
+        "spread_y",
         "validation_error",
         "validation_error_g_y",
         "test_error",
