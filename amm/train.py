@@ -289,11 +289,28 @@ def label_noise(encoder: nn.Module, images: Tensor, batch: int = 500) -> dict[st
     return {"sigma_y": (log_variance / 2).exp().mean().item(), "spread_y": mean.std(0, correction=0).mean().item()}
 
 
+@torch.no_grad()
+def coupling(discriminator: nn.Module, images: Tensor, h: Tensor, z: Tensor) -> float:
+    """How much D's logit has to do with which code belongs to which image: the share, 0 to 1, of its variance over all pairs of a uint8
+    image and a code that no sum f(x) + g(y, z) explains; codes as `infer` gives them, no dropout.
+
+    Near 0 D compares marginals alone, and nothing binds a component to a class (ledger 25).
+    """
+    n, y = len(images), h.softmax(1).to(images.device)
+    with evaluating(discriminator):
+        logits = torch.stack([discriminator(as_input(images), y[j].expand(n, -1), z[j].to(images.device).expand(n, -1)) for j in range(n)])
+    both = logits - logits.mean()
+    pair = both - both.mean(0) - both.mean(1, keepdim=True)
+    return (pair.square().sum() / both.square().sum().clamp_min(1e-30)).item()
+
+
 def diagnosis(networks: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
-    """What shows why a run went wrong, of the first 1,000 of these uint8 images: slope_x, slope_y, slope_z, see mean_slopes; sigma_y and
-    spread_y, see label_noise."""
+    """What shows why a run goes wrong, of the first of these uint8 images: slope_x, slope_y, slope_z, see mean_slopes; sigma_y, spread_y,
+    see label_noise; coupling."""
     images = images[:1000]
-    return mean_slopes(networks["discriminator"], images, *infer(networks, images)) | label_noise(networks["encoder"], images)
+    h, z = infer(networks, images)
+    found = mean_slopes(networks["discriminator"], images, h, z) | label_noise(networks["encoder"], images)
+    return found | {"coupling": coupling(networks["discriminator"], images[:50], h[:50], z[:50])}
 
 
 def many_to_one_error(table: Tensor) -> float:
