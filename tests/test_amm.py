@@ -790,7 +790,11 @@ def test_the_discriminator_alone_tells_both_joints_apart():
     config = run.experiment_config("amm", "mnist", {"batch": 16})
     torch.manual_seed(0)
     networks = {name: network.to(memory_format=torch.channels_last) for name, network in train.build(config).items()}
-    optimizers = {"discriminator": torch.optim.Adam(networks["discriminator"].parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)}
+    optimizers = {
+        player: torch.optim.SGD([p for name in names for p in networks[name].parameters()], lr=0.0)
+        for player, names in train.PLAYERS.items()
+    }
+    optimizers["discriminator"] = torch.optim.Adam(networks["discriminator"].parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
     images = train.as_input(train.load("digits", "data").train_images[:64])
     losses = []
     for i in range(60):
