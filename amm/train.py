@@ -75,7 +75,9 @@ class Config:
     def __post_init__(self):
         described(self.dataset, SETS)
         if not self.semi_supervised and (self.n_labels, self.labels) != (Config.n_labels, Config.labels):
-            raise ValueError("n_labels, labels: of no influence without --semi-supervised true")
+            raise ValueError(
+                f"n_labels, labels: of no influence without --semi-supervised true; leave them at {Config.n_labels} and {Config.labels}"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -183,8 +185,9 @@ def gradients(
 def play(networks: dict[str, nn.Module], x: Tensor, label: Tensor | None, priors: Tensor, config: Config) -> Game:
     """The samples of one game, in the order of Algorithm 1.
 
-    x: (M, C, H, W); label: (M, K) one-hot, or None where y is inferred. The listing, for eq. (6), draws z̃ given ỹ. Under eq. (7) it is ỹ
-    that depends on z̃'s stream; both come from streams joined before any draw, so that the order of the two draws says nothing.
+    x: (M, C, H, W); label: (M, K) one-hot, or None where y is inferred. The listings, for eq. (6), draw ỹ ~ q(y|x), then z̃ ~ q(z|x, ỹ).
+    Under eq. (7) those two lines swap, z̃ ~ q(z|x), then ỹ ~ q(y|x, z̃); both come from streams joined before any draw, so that the order
+    of the draws says nothing. Algorithm 2's z̃_ℓ ~ q(z|x, ỹ_ℓ) becomes q(z|x) (ledger 2).
     """
     components = torch.multinomial(priors, len(x), replacement=True)
     y = F.one_hot(components, config.n_components).to(x.dtype)  # y ~ p(y)
@@ -214,15 +217,21 @@ class Split(NamedTuple):
     priors: Tensor  # p(y), (K,)
 
 
+def check_classes(config: Config, n_classes: int) -> None:
+    """SAMM's component k is class k, and every class has a label. Raises UserError where that cannot be."""
+    if not config.semi_supervised:
+        return
+    if n_classes < 2:
+        raise run.UserError(f"{config.dataset} has {n_classes} class; labels need at least 2")
+    if config.n_components != n_classes:
+        raise run.UserError(f"n_components: {config.n_components} cannot stand for the {n_classes} classes of {config.dataset}")
+    if config.n_labels < n_classes:
+        raise run.UserError(f"n_labels: {config.n_labels} labels are fewer than the {n_classes} classes of {config.dataset}")
+
+
 def split(config: Config, data: Dataset, seed: int) -> Split:
     """Training and validation images, the labelled ones, p(y). Raises UserError where they cannot fit."""
-    if config.semi_supervised:
-        if data.n_classes < 2:
-            raise run.UserError(f"{data.name} has {data.n_classes} class; labels need at least 2")
-        if config.n_components != data.n_classes:
-            raise run.UserError(f"n_components: {config.n_components} cannot stand for the {data.n_classes} classes of {data.name}")
-        if config.n_labels < data.n_classes:
-            raise run.UserError(f"n_labels: {config.n_labels} labels are fewer than the {data.n_classes} classes of {data.name}")
+    check_classes(config, data.n_classes)
     # Of svhn_extra the images of extra are only ever trained on: what is held out, and what is labelled, is of train.
     pool, held = len(data.train_images), config.validation
     if data.name == "svhn_extra":
@@ -292,9 +301,7 @@ def label_noise(encoder: nn.Module, images: Tensor, batch: int = 500) -> dict[st
 @torch.no_grad()
 def coupling(discriminator: nn.Module, images: Tensor, h: Tensor, z: Tensor) -> float:
     """How much D's logit has to do with which code belongs to which image: the share, 0 to 1, of its variance over all pairs of a uint8
-    image and a code that no sum f(x) + g(y, z) explains; codes as `infer` gives them, no dropout.
-
-    Near 0 D compares marginals alone, and nothing binds a component to a class (ledger 25).
+    image and a code that no sum f(x) + g(y, z) explains; codes as `infer` gives them, no dropout. Near 0 D compares marginals alone.
     """
     n, y = len(images), h.softmax(1).to(images.device)
     with evaluating(discriminator):
@@ -321,6 +328,8 @@ def many_to_one_error(table: Tensor) -> float:
 def train(config: Config, options: run.Options) -> Path:
     """Train, or resume, one run; returns its folder."""
     device = run.set_up(options)
+    if n_classes := described(config.dataset, SETS)[1]:
+        check_classes(config, n_classes)  # before anything is downloaded
     data = load(config.dataset, options.data, options.unofficial_data)
     s = split(config, data, options.seed)
     images = s.images.to(device)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.special import expit
+from scipy.special import expit, softmax
 from scipy.stats import multivariate_normal
 from torch.nn import functional as F
 
@@ -392,6 +392,7 @@ def test_coupling_is_what_no_sum_of_two_parts_explains():
             self.weights = of_sum, of_product
 
         def forward(self, x, y, z):
+            assert not self.training
             u, v = x.mean((1, 2, 3)) - image.mean(), y[:, 0] + z[:, 1] - code.mean()
             return self.weights[0] * (u + v) + self.weights[1] * u * v
 
@@ -407,6 +408,7 @@ def test_the_noise_of_the_label_as_the_log_has_it():
 
     class Says(torch.nn.Module):
         def forward(self, x):
+            assert not self.training
             value = x.mean((1, 2, 3))
             return (torch.stack([value, 3 * value], 1), torch.tensor([0.0, 2 * math.log(4)]).expand(len(x), 2)), None
 
@@ -431,14 +433,21 @@ def test_without_noise_the_label_is_the_softmax_of_the_mean(factorisation):
     assert train.label_noise(networks["encoder"], (255 * x).byte())["sigma_y"] == 0
 
 
-def test_slopes_of_a_linear_discriminator():
-    """Of more images than go in at once; a D that is trained is left so, and without gradients."""
-    discriminator = Linear()
-    images, h, z = torch.zeros(7, 1, 2, 2, dtype=torch.uint8), torch.randn(7, 3), torch.randn(7, 2)
-    found = train.mean_slopes(discriminator.float(), images, h, z, batch=3)
-    norms = [w.square().sum().sqrt().item() for w in discriminator.weights]
-    assert found == pytest.approx(dict(zip(("slope_x", "slope_y", "slope_z"), norms, strict=True)), rel=1e-6)
-    assert discriminator.training and all(w.grad is None for w in discriminator.weights)
+def test_slopes_of_a_discriminator_that_is_no_plane():
+    """Half the sum of squares has the point itself for a gradient. Of more images than go in at once; a D that is trained is left so."""
+
+    class D(torch.nn.Module):
+        def forward(self, *points):
+            assert not self.training
+            return sum(part.flatten(1).square().sum(1) for part in points) / 2
+
+    images = torch.randint(0, 256, (7, *MNIST), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    h, z, discriminator = torch.randn(7, 3), torch.randn(7, 2), D()
+    found = train.mean_slopes(discriminator, images, h, z, batch=3)
+    points = images.flatten(1).numpy() / 255, softmax(h.numpy(), axis=1), z.numpy()
+    norms = [np.sqrt((part**2).sum(1)).mean() for part in points]
+    assert found == pytest.approx(dict(zip(("slope_x", "slope_y", "slope_z"), norms, strict=True)), rel=1e-5)
+    assert discriminator.training
 
 
 def test_the_points_of_the_penalty_lie_between_both_joints():
@@ -580,6 +589,21 @@ def test_the_joined_stream_is_the_stated_one():
         assert torch.equal(before[free][0], after[free][0]) and not torch.allclose(before[bound][0], after[bound][0])
 
 
+def samples(networks, config, x, label=None):
+    """The listings' samples of one game, line by line, with nothing cut out of the graph."""
+    y = F.one_hot(torch.multinomial(PRIORS, len(x), replacement=True), len(PRIORS)).float()
+    mean, log_variance = networks["components"](y)
+    z = mean + (log_variance / 2).exp() * torch.randn_like(mean)
+    made = networks["decoder"](y, z)
+    of_y, (z_mean, z_log_variance) = networks["encoder"](x, label)
+    inferred_y = label
+    if label is None:
+        noise = torch.randn_like(of_y[0])
+        inferred_y = (of_y[0] if config.y_noise == "none" else of_y[0] + (of_y[1] / 2).exp() * noise).softmax(1)
+    inferred_z = z_mean + (z_log_variance / 2).exp() * torch.randn_like(z_mean)
+    return (x, inferred_y, inferred_z), (made, y, z)
+
+
 @pytest.mark.parametrize("semi_supervised", [False, True])
 @pytest.mark.parametrize(
     "switches",
@@ -593,13 +617,13 @@ def test_the_joined_stream_is_the_stated_one():
     ],
 )
 def test_algorithms_1_and_2_replayed(semi_supervised, switches):
-    """Losses, their gradients and the log of one step against the listings' formulas on the samples that the step draws, λ = 10."""
+    """Losses, their gradients and the log of one step against the listings' samples and formulas, λ = 10."""
     config, networks = built(semi_supervised=semi_supervised, **switches)
     batch, d = a_batch(), networks["discriminator"]
     torch.manual_seed(5)
-    games = [train.play(networks, batch.images, None, PRIORS, config)]
+    games = [samples(networks, config, batch.images)]
     if semi_supervised:
-        games.append(train.play(networks, batch.labelled, F.one_hot(batch.labels, 3).float(), PRIORS, config))
+        games.append(samples(networks, config, batch.labelled, F.one_hot(batch.labels, 3).float()))
     rho = d(*(torch.cat([side[j] for game in games for side in game]) for j in range(3))).sigmoid().split(6)  # q, p of each game
     t = torch.rand(6 * len(games))
     points = []
@@ -1007,9 +1031,15 @@ def test_what_an_epoch_has_come_to(monkeypatch):
     h = F.one_hot(chosen, 5).float()
     monkeypatch.setattr(train, "infer", lambda networks, images: (h, images))
     answers = {"validation": torch.tensor([0, 0, 1, 1, 3, 3, 0, 3, 4, 1]), "test": torch.zeros(10, dtype=torch.int64)}
-    monkeypatch.setattr(train, "by_bayes", lambda networks, k, z, priors: answers["test" if z[0] else "validation"])
+    priors = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.2])
+
+    def by_bayes(networks, k, z, given):
+        assert given is priors
+        return answers["test" if z[0] else "validation"]
+
+    monkeypatch.setattr(train, "by_bayes", by_bayes)
     images = torch.zeros(10)
-    s = train.Split(images, labels, images, labels, labels[:0], torch.full((5,), 0.2))
+    s = train.Split(images, labels, images, labels, labels[:0], priors)
     data = Dataset("digits", images, labels, images + 1, torch.tensor([0, 1] * 5), tuple("012"), "0" * 16, True)
     diagnosis = {"slope_x": 0.7, "sigma_y": 2.0}
     monkeypatch.setattr(train, "diagnosis", lambda networks, images: diagnosis)
@@ -1022,30 +1052,53 @@ def test_what_an_epoch_has_come_to(monkeypatch):
 
 
 def test_other_readings_of_test_time(monkeypatch):
-    """They leave the network as it was, and are the plain error where batch statistics and noise change nothing."""
-    config, networks = built()
-    trained = evaluation.Trained(config, {name: network.eval() for name, network in networks.items()}, {})
-    images = torch.randint(0, 256, (12, *MNIST), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    """Both predictions from codes normalised batch by batch, and from codes with their noise; the network is left as it was."""
+    config, networks = built(batch=6)
+    for network in networks.values():
+        network.eval()
+    images = train.load("digits", "data").test_images[:12]
+    with torch.no_grad():  # codes of mean 0 and variance 1, so that there is something to decide
+        encoder = networks["encoder"]
+        for heads, code in zip((encoder.y_heads, encoder.z_heads), encoder(train.as_input(images)), strict=True):
+            heads[0].weight.div_(code[0].std(0)[:, None, None, None])
+            heads[0].bias.copy_((heads[0].bias - code[0].mean(0)) / code[0].std(0))
+    means, log_variances = torch.randn(3, 4), torch.zeros(3, 4)
+    monkeypatch.setattr(train, "mixture", lambda networks, k: (means, log_variances))
+    trained = evaluation.Trained(config, networks, {})
     data = Dataset("digits", images, torch.arange(12) % 3, images, torch.arange(12) % 3, tuple("012"), "0" * 16, True)
     before = {key: value.clone() for key, value in networks["encoder"].state_dict().items()}
     seen = []
-    monkeypatch.setattr(evaluation, "error", lambda predicted, *_: seen.append(predicted) or 1.0)
+    monkeypatch.setattr(evaluation, "error", lambda predicted, *_: seen.append(predicted) or float(len(seen)))
     found = evaluation.in_other_modes(trained, data, PRIORS, 0)
-    assert set(found) == {f"error{g}_{mode}" for g in ("", "_g_y") for mode in ("batch_statistics", "sampled")}
+    names = [f"error{g}_{mode}" for mode in ("batch_statistics", "sampled") for g in ("", "_g_y")]
+    assert found == {name: i for i, name in enumerate(names, 1)}
     assert all(torch.equal(value, before[key]) for key, value in networks["encoder"].state_dict().items())
-    h = train.infer({"encoder": networks["encoder"].train()}, images)[0]  # running means
-    x = train.as_input(images)
-    for module in networks["encoder"].modules():
-        module.train(not isinstance(module, InputDropout))
+
+    def by_eq_19(z):
+        densities = [multivariate_normal(mean.numpy(), np.eye(4)).logpdf(z.numpy()) for mean in means]
+        return torch.from_numpy((np.stack(densities, 1) + PRIORS.log().numpy()).argmax(1))
+
+    torch.manual_seed(0)
+    sampled_h, sampled_z = [], []
     with torch.no_grad():
-        by_batch = networks["encoder"](x)[0][0].argmax(1)
-    assert torch.equal(seen[1], by_batch) and not torch.equal(seen[3], h.argmax(1))
-    networks["encoder"].eval()
-    for head in (networks["encoder"].y_heads[1], networks["encoder"].z_heads[1]):
-        torch.nn.init.constant_(head.bias, -80.0)  # no noise is left
-    networks["encoder"].load_state_dict({k: v for k, v in before.items() if "running" in k or "tracked" in k}, strict=False)
-    evaluation.in_other_modes(trained, data, PRIORS, 0)
-    assert torch.equal(seen[7], train.infer(networks, images)[0].argmax(1))
+        for x in train.as_input(images).split(6):
+            (h, h_log_variance), (z, z_log_variance) = networks["encoder"](x)
+            sampled_h.append(h + (h_log_variance / 2).exp() * torch.randn_like(h))
+            sampled_z.append(z + (z_log_variance / 2).exp() * torch.randn_like(z))
+        for module in networks["encoder"].modules():
+            module.train(not isinstance(module, InputDropout))
+        by_batch = [networks["encoder"](x) for x in train.as_input(images).split(6)]
+        at_once = networks["encoder"](train.as_input(images))
+    expected = [
+        by_eq_19(torch.cat([z[0] for _, z in by_batch])),
+        torch.cat([h[0] for h, _ in by_batch]).argmax(1),
+        by_eq_19(torch.cat(sampled_z)),
+        torch.cat(sampled_h).argmax(1),
+    ]
+    for given, wanted in zip(seen, expected, strict=True):
+        assert torch.equal(given, wanted)
+    whole = [by_eq_19(at_once[1][0]), at_once[0][0].argmax(1)]  # all images as one batch
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations([*expected, *whole], 2))
 
 
 def test_the_split_and_the_labelled_part():
@@ -1236,6 +1289,7 @@ def test_the_command_line(tmp_path):
     [
         (["digits", "--penalty", "-1"], "--penalty: -1.0 is out of range; allowed: >= 0"),
         (["samm-digits", "--n-components", "9"], "9 cannot stand for the 10 classes"),
+        (["samm-mnist", "--data", "nowhere", "--n-components", "5"], "5 cannot stand for the 10 classes"),  # before any download
         (["samm-digits", "--n-components", "12"], "12 cannot stand for the 10 classes"),
         (["samm-digits", "--n-labels", "9"], "9 labels are fewer than the 10 classes"),
         (["samm-digits", "--n-labels", "12", "--seed", "1"], "its prior would be 0"),
