@@ -303,17 +303,17 @@ def coupling(discriminator: nn.Module, images: Tensor, h: Tensor, z: Tensor) -> 
     """How much D's logit has to do with which code belongs to which image: the share, 0 to 1, of its variance over all pairs of a uint8
     image and a code that no sum f(x) + g(y, z) explains; codes as `infer` gives them, no dropout. Near 0 D compares marginals alone.
     """
-    n, y = len(images), h.softmax(1).to(images.device)
+    x, y, z = as_input(images), h.softmax(1).to(images.device), z.to(images.device)
     with evaluating(discriminator):
-        logits = torch.stack([discriminator(as_input(images), y[j].expand(n, -1), z[j].to(images.device).expand(n, -1)) for j in range(n)])
+        logits = torch.stack([discriminator(x, *(part[j].expand(len(x), -1) for part in (y, z))) for j in range(len(x))])
     both = logits - logits.mean()
     pair = both - both.mean(0) - both.mean(1, keepdim=True)
     return (pair.square().sum() / both.square().sum().clamp_min(1e-30)).item()
 
 
 def diagnosis(networks: dict[str, nn.Module], images: Tensor) -> dict[str, float]:
-    """What shows why a run goes wrong, of the first of these uint8 images: slope_x, slope_y, slope_z, see mean_slopes; sigma_y, spread_y,
-    see label_noise; coupling."""
+    """What shows why a run goes wrong, of the first 1,000 of these uint8 images: slope_x, slope_y, slope_z, see mean_slopes; sigma_y,
+    spread_y, see label_noise; and coupling, of the first 50."""
     images = images[:1000]
     h, z = infer(networks, images)
     found = mean_slopes(networks["discriminator"], images, h, z) | label_noise(networks["encoder"], images)

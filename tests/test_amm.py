@@ -434,20 +434,25 @@ def test_without_noise_the_label_is_the_softmax_of_the_mean(factorisation):
 
 
 def test_slopes_of_a_discriminator_that_is_no_plane():
-    """Half the sum of squares has the point itself for a gradient. Of more images than go in at once; a D that is trained is left so."""
+    """Half the sum of squares has the point itself for a gradient. Of more images than go in at once; a D that is trained is left so, and
+    without gradients."""
 
     class D(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
         def forward(self, *points):
             assert not self.training
-            return sum(part.flatten(1).square().sum(1) for part in points) / 2
+            return self.weight * sum(part.flatten(1).square().sum(1) for part in points) / 2
 
     images = torch.randint(0, 256, (7, *MNIST), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     h, z, discriminator = torch.randn(7, 3), torch.randn(7, 2), D()
     found = train.mean_slopes(discriminator, images, h, z, batch=3)
     points = images.flatten(1).numpy() / 255, softmax(h.numpy(), axis=1), z.numpy()
     norms = [np.sqrt((part**2).sum(1)).mean() for part in points]
-    assert found == pytest.approx(dict(zip(("slope_x", "slope_y", "slope_z"), norms, strict=True)), rel=1e-5)
-    assert discriminator.training
+    assert found == pytest.approx(dict(zip(("slope_x", "slope_y", "slope_z"), norms, strict=True)), rel=1e-6)
+    assert discriminator.training and discriminator.weight.grad is None
 
 
 def test_the_points_of_the_penalty_lie_between_both_joints():
@@ -1080,6 +1085,8 @@ def test_other_readings_of_test_time(monkeypatch):
 
     torch.manual_seed(0)
     sampled_h, sampled_z = [], []
+    plain_h, plain_z = train.infer({"encoder": networks["encoder"].train()}, images)  # running means, no noise
+    networks["encoder"].eval()
     with torch.no_grad():
         for x in train.as_input(images).split(6):
             (h, h_log_variance), (z, z_log_variance) = networks["encoder"](x)
@@ -1097,8 +1104,8 @@ def test_other_readings_of_test_time(monkeypatch):
     ]
     for given, wanted in zip(seen, expected, strict=True):
         assert torch.equal(given, wanted)
-    whole = [by_eq_19(at_once[1][0]), at_once[0][0].argmax(1)]  # all images as one batch
-    assert not any(torch.equal(a, b) for a, b in itertools.combinations([*expected, *whole], 2))
+    others = [by_eq_19(at_once[1][0]), at_once[0][0].argmax(1), by_eq_19(plain_z), plain_h.argmax(1)]  # all images as one batch; neither
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations([*expected, *others], 2))
 
 
 def test_the_split_and_the_labelled_part():
