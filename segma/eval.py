@@ -391,6 +391,7 @@ def figures(trained: Trained, data: Dataset, z: Tensor, details: dict, folder: P
     shown = {
         "test error, %": "test_error",
         "MSE, eq. (1)": "mse",
+        "cross-entropy of the pixels, nats": "bernoulli",
         "d², eq. (8)": "d2",
         "mean ‖μ_k‖": "mean_norm",
         "bound of M1, nats": "m1_bound",

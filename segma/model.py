@@ -27,8 +27,8 @@ def mlp_decoder(image_shape: tuple[int, int, int], hidden: int, layers: int, lat
     stack: list[nn.Module] = []
     for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
         stack += [nn.Linear(fan_in, fan_out), nn.ReLU()]  # (B, hidden)
-    stack += [nn.Linear(hidden, math.prod(image_shape)), nn.Sigmoid()]  # (B, C·H·W)
-    return nn.Sequential(*stack, nn.Unflatten(1, image_shape))  # (B, C, H, W)
+    stack += [nn.Linear(hidden, math.prod(image_shape))]  # (B, C·H·W)
+    return nn.Sequential(*stack, nn.Unflatten(1, image_shape), nn.Sigmoid())  # (B, C, H, W)
 
 
 def convolutions() -> nn.Sequential:
@@ -54,7 +54,7 @@ def conv_encoder(hidden: int, layers: int, latent_dim: int) -> nn.Sequential:
 
 def conv_decoder(hidden: int, layers: int, latent_dim: int) -> nn.Sequential:
     """CelebA: 32 - 786 - 786 - 1024, ReLU, the transposed convolutions, sigmoid out. In: codes (B, D); out: (B, 3, 64, 64) in [0, 1]."""
-    dense = mlp_decoder((1024,), hidden, layers, latent_dim)[:-2]  # without its sigmoid and its image shape
+    dense = mlp_decoder((1024,), hidden, layers, latent_dim)[:-2]  # without its image shape and its sigmoid
     return nn.Sequential(*dense, nn.ReLU(), *transposed_convolutions(), nn.Sigmoid())
 
 
@@ -171,6 +171,15 @@ def silverman_bandwidth(samples_per_class: float) -> float:
 def reconstruction_error(x: Tensor, reconstruction: Tensor) -> Tensor:
     """MSE of eq. (1): squared error summed over pixels, mean over images. Both (n, C, H, W) in [0, 1]; a scalar."""
     return (x - reconstruction).square().flatten(1).sum(1).mean()
+
+
+def bernoulli_error(x: Tensor, logits: Tensor) -> Tensor:
+    """Cross-entropy of each pixel taken as a Bernoulli's probability, summed over pixels, mean over images (ledger 49).
+
+    x: (n, C, H, W) in [0, 1]; logits: the same shape, of which the sigmoid is the reconstruction. Nats, a scalar ≥ 0, in fp32 or wider.
+    """
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    return nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1).mean()
 
 
 def log_joint(z: Tensor, means: Tensor, priors: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from common.metrics import error_rate
 from common.plots import save_grid
 from common.run import Count, NonNegative, Positive
 from segma.model import (
+    bernoulli_error,
     build,
     classes,
     classification_loss,
@@ -83,7 +84,8 @@ class Config(Task):
     hidden_dim: Count = 1024  # units of a hidden layer, both sides
     hidden_layers: Count = 2  # hidden layers, both sides
     decoder_layers: Count | None = None  # hidden layers of the decoder, where they are not as many
-    loss_over: Literal["unlabelled", "all"] = "unlabelled"  # the part of a batch that MSE and d² see
+    reconstruction: Literal["squared", "bernoulli"] = "squared"  # the reconstruction error: eq. (1), or the Bernoulli cross-entropy
+    loss_over: Literal["unlabelled", "all"] = "unlabelled"  # the part of a batch that the reconstruction error and d² see
     distance_weight: NonNegative = 5.0  # α of eq. (9), on log d²
     label_weight: NonNegative = 10.0  # β of eq. (9), on the cross-entropy; 0: no label is seen
     mean_init: NonNegative = 0.1  # scale of the initial means
@@ -127,18 +129,20 @@ def loss_terms(
     seen = config.codes_per_batch  # the unlabelled images, which come first, or all
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
         z = encoder(x)
-        reconstruction = decoder(z[:seen])
+        if config.reconstruction == "squared":
+            error = {"mse": reconstruction_error(x[:seen], decoder(z[:seen]))}
+        else:
+            error = {"bernoulli": bernoulli_error(x[:seen], decoder[:-1](z[:seen]))}  # without its last layer, the sigmoid
     z = z.float() if precision == "bf16" else z  # distances and logarithms are never taken in bf16
 
     gamma = silverman_bandwidth(seen / config.n_components)
-    mse = reconstruction_error(x[:seen], reconstruction)
     d2 = cramer_wold_distance(z[:seen], mixture.means, mixture.priors, gamma)
-    loss = mse + config.distance_weight * d2.log()  # eq. (9) with β = 0
+    loss = sum(error.values()) + config.distance_weight * d2.log()  # eq. (9) with β = 0
     if config.label_weight == 0:
-        return {"loss": loss, "mse": mse, "d2": d2}
+        return {"loss": loss, **error, "d2": d2}
     cross_entropy = classification_loss(z[len(unlabelled) :], labels, mixture.means, mixture.priors)
     loss = loss + config.label_weight * cross_entropy  # eq. (9)
-    return {"loss": loss, "mse": mse, "d2": d2, "cross_entropy": cross_entropy}
+    return {"loss": loss, **error, "d2": d2, "cross_entropy": cross_entropy}
 
 
 def train_step(

@@ -163,6 +163,24 @@ def test_reconstruction_error_sums_over_pixels_and_averages_over_images():
     assert model.reconstruction_error(x, y).item() == pytest.approx((1 + 4 + 9) / 2)
 
 
+def test_bernoulli_error_is_the_binary_cross_entropy():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(5, 1, 4, 3, generator=generator, dtype=torch.float64)
+    logits = (3 * torch.randn(5, 1, 4, 3, generator=generator, dtype=torch.float64)).requires_grad_()
+    found = model.bernoulli_error(x, logits)
+    expected = torch.nn.functional.binary_cross_entropy(logits.sigmoid(), x, reduction="sum") / 5  # sum over pixels, mean over images
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    (gradient,) = torch.autograd.grad(found, logits)
+    h = 1e-6
+    for i in range(logits.numel()):
+        step = torch.zeros(logits.numel(), dtype=torch.float64)
+        step[i] = h
+        up, down = (model.bernoulli_error(x, logits.detach() + s * step.view_as(logits)).item() for s in (1, -1))
+        assert gradient.flatten()[i].item() == pytest.approx((up - down) / (2 * h), rel=1e-5, abs=1e-8)
+    extreme = model.bernoulli_error(torch.ones(1, 1, 1, 1), torch.tensor([[[[-120.0]]]], dtype=torch.bfloat16))
+    assert extreme.item() == pytest.approx(120, rel=1e-6)  # a sigmoid in bf16 is 0 there, and its logarithm would be cut off at -100
+
+
 def test_style_transfer_ends_at_z_plus_difference_of_means():
     means, _ = random_mixture(5, 10)
     z = torch.randn(3, 10, dtype=torch.float64)
@@ -181,9 +199,11 @@ def test_intensity_moves_away_from_the_anti_target():
     assert (moved - means[3]).norm() > (z - means[3]).norm()
 
 
+@pytest.mark.parametrize("reconstruction", ["squared", "bernoulli"])
 @pytest.mark.parametrize("loss_over", ["unlabelled", "all"])
-def test_gradients_of_eq_9_by_finite_differences(loss_over):
-    config = Config(hidden_dim=5, latent_dim=10, batch_unlabelled=12, batch_labelled=4, n_labels=4, loss_over=loss_over)
+def test_gradients_of_eq_9_by_finite_differences(loss_over, reconstruction):
+    sizes = {"hidden_dim": 5, "latent_dim": 10, "batch_unlabelled": 12, "batch_labelled": 4, "n_labels": 4}
+    config = Config(**sizes, loss_over=loss_over, reconstruction=reconstruction)
     torch.manual_seed(0)
     networks = {name: network.double() for name, network in model.build(config).items()}
     with torch.no_grad():
@@ -230,6 +250,24 @@ def test_loss_is_eq_9_of_its_parts():
     assert terms["loss"].item() == pytest.approx(total.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("shape", ["mnist", "celeba"])
+def test_the_bernoulli_reading_changes_the_reconstruction_error_alone(labelled, shape):
+    """Also without labels, as in CWAE and the unsupervised variant, and with the appendix's convolutions."""
+    sizes = {"dataset": shape, "hidden_dim": 6, "batch_unlabelled": 10, "batch_labelled": 5, "n_labels": 5}
+    config = Config(**sizes, label_weight=10.0 if labelled else 0.0, reconstruction="bernoulli")
+    torch.manual_seed(1)
+    networks = model.build(config)
+    x, known, labels = torch.rand(10, *config.image_shape), torch.rand(5, *config.image_shape), torch.tensor([0, 1, 2, 3, 3])
+    terms = loss_terms(networks, x, known, labels, config)
+    images = networks["decoder"](networks["encoder"](x))
+    assert terms["bernoulli"].item() == pytest.approx(torch.nn.BCELoss(reduction="sum")(images, x).item() / 10, rel=1e-5)
+    squared = loss_terms(networks, x, known, labels, dataclasses.replace(config, reconstruction="squared"))
+    assert terms["d2"].item() == squared["d2"].item()
+    difference = terms["loss"] - squared["loss"]
+    assert difference.item() == pytest.approx((terms["bernoulli"] - squared["mse"]).item(), rel=1e-4)
+
+
 def test_gradient_is_clipped_by_global_norm_then_by_value():
     config = Config(hidden_dim=6, batch_unlabelled=10, batch_labelled=5, n_labels=5, grad_clip_norm=5.0, grad_clip_value=0.01)
     torch.manual_seed(1)
@@ -251,8 +289,8 @@ def test_gradient_is_clipped_by_global_norm_then_by_value():
 
 MNIST_LAYERS = {
     "encoder": [("Flatten", [784]), ("Linear", [1024]), ("ReLU", [1024]), ("Linear", [1024]), ("ReLU", [1024]), ("Linear", [10])],
-    "decoder": [("Linear", [1024]), ("ReLU", [1024]), ("Linear", [1024]), ("ReLU", [1024]), ("Linear", [784]), ("Sigmoid", [784]),
-                ("Unflatten", [1, 28, 28])],
+    "decoder": [("Linear", [1024]), ("ReLU", [1024]), ("Linear", [1024]), ("ReLU", [1024]), ("Linear", [784]),
+                ("Unflatten", [1, 28, 28]), ("Sigmoid", [1, 28, 28])],
 }  # fmt: skip
 
 
@@ -337,6 +375,18 @@ def test_a_short_run_learns(trained):
         assert (folder / f"figures/{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_a_short_run_with_the_cross_entropy_learns(tmp_path):
+    code, _, err = run_command(
+        "segma.train", "digits", "--runs", tmp_path, "--seed", "3", "--threads", "1", "--epochs", "12", "--reconstruction", "bernoulli"
+    )
+    assert code == 0, err
+    rows = list(csv.DictReader(open(tmp_path / "segma/digits/seed3/log.csv")))
+    assert float(rows[0]["bernoulli"]) == pytest.approx(491.7, abs=10)
+    pinned = {"bernoulli": (277.9, 3), "d2": (0.00577, 0.002), "cross_entropy": (0.0119, 0.006), "test_error": (15, 3), "loss": (252.2, 4)}
+    for name, (value, tolerance) in pinned.items():
+        assert float(rows[-1][name]) == pytest.approx(value, abs=tolerance), name
+
+
 def test_eval_json_is_complete(trained):
     result = json.loads((trained / "segma/digits/seed3/eval.json").read_text())
     assert (result["experiment"], result["seed"]) == ("digits", 3)
@@ -374,9 +424,10 @@ def test_the_same_command_twice_gives_the_same_bits(tmp_path):
             assert torch.equal(value, weights[1][network][key])
 
 
-def test_bf16_follows_fp32():
+@pytest.mark.parametrize("reconstruction", ["squared", "bernoulli"])
+def test_bf16_follows_fp32(reconstruction):
     torch.manual_seed(0)
-    config = Config()
+    config = Config(reconstruction=reconstruction)
     networks = model.build(config)
     x, labels = torch.rand(200, 1, 28, 28), torch.arange(100) % 10
     terms = {p: loss_terms(networks, x[:100], x[100:], labels, config, p) for p in ("fp32", "bf16")}
