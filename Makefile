@@ -10,12 +10,16 @@ EPOCHS ?=
 INCEPTION ?=
 DATASET ?=
 UNOFFICIAL ?=
+ALL ?=
+COMMANDS ?=
 FLAGS ?=
 
 WHERE = --data "$(DATA)" --runs "$(RUNS)" --device $(DEVICE) --threads $(THREADS) $(if $(UNOFFICIAL),--unofficial-data) $(if $(INCEPTION),--inception "$(INCEPTION)")
+HOW = --precision $(PRECISION) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DATASET),--dataset "$(DATASET)") $(FLAGS)
 CONFIGS := $(sort $(wildcard */configs/*.yaml))
 TARGETS := $(foreach c,$(CONFIGS),$(firstword $(subst /, ,$(c)))-$(basename $(notdir $(c))))
 SEEDED := $(foreach t,$(TARGETS),$(SEEDS:%=$(t)@%))
+PAPERS := $(sort $(foreach c,$(CONFIGS),$(firstword $(subst /, ,$(c)))))
 
 # `make … PYTHON=…` uses an environment of your own; without it, .venv is made once, and again when pyproject.toml changes.
 ifeq ($(origin PYTHON),command line)
@@ -26,21 +30,21 @@ READY := .venv/ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test torture lint diff results pending clean $(TARGETS) $(SEEDED)
+.PHONY: help setup test torture lint diff results pending clean bench $(TARGETS) $(SEEDED) $(PAPERS)
 
 help:
 	@echo "Train, evaluate and diff (what it takes: SEEDS=\"0 1 2\" DATA=folder DEVICE=cpu|cuda EPOCHS=n PRECISION=fp32|bf16 RUNS=folder THREADS=n INCEPTION=file UNOFFICIAL=1 DATASET=folder:path FLAGS=\"--any-field value\"):"
-	@$(foreach c,$(CONFIGS),printf '  make %-28s %s\n' '$(firstword $(subst /, ,$(c)))-$(basename $(notdir $(c)))' "$$(sed -n '1s/^# *//p' $(c))";)
+	@$(foreach c,$(CONFIGS),printf '  make %-34s %s\n' '$(firstword $(subst /, ,$(c)))-$(basename $(notdir $(c)))' "$$(sed -n '1s/^# *//p' $(c))";)
 	@echo "Everything else:"
-	@printf '  make %-28s %s\n' \
+	@printf '  make %-34s %s\n' \
 	  setup "make .venv (PYTHON=… uses an environment of your own instead)" \
 	  test "set up, run the tests" \
-	  torture "faults by the thousand: kills, damaged files, full disks (under 30 minutes)" \
-	  bench "milliseconds of a step and its share of the machine's ceiling, fp32 and bf16; bench-<paper>-<experiment> for one" \
+	  torture "kills, damaged files, full disks by the hundred (about six minutes)" \
+	  bench "milliseconds of a step and its share of the machine's ceiling; bench-<paper>-<experiment> for one" \
 	  lint "ruff" \
-	  diff "published vs reference vs yours, every number" \
-	  results "collect complete runs into the results that the READMEs show" \
-	  pending "reference runs still missing, the most valuable first" \
+	  diff "published vs reference vs yours (ALL=1: also the numbers without a run)" \
+	  results "collect complete runs into the results that the pages show" \
+	  pending "reference runs still missing, the most valuable first (COMMANDS=1: as commands)" \
 	  clean "delete .venv and caches; runs and data stay"
 
 setup: $(READY)
@@ -56,43 +60,49 @@ setup: $(READY)
 	@touch $@
 
 # One target a seed, <paper>-<experiment>@<seed>, so that `make -j 2` runs two of them at once; each is a process of its own.
+# A baseline has a file of its own: mnist-m1m2 is trained by m1m2.py.
 $(foreach t,$(TARGETS),$(eval $(t): $(SEEDS:%=$(t)@%)))
 PAPER = $(firstword $(subst -, ,$@))
 EXPERIMENT = $(firstword $(subst @, ,$(patsubst $(PAPER)-%,%,$@)))
-SEED = $(lastword $(subst @, ,$@))
+THIS_SEED = $(lastword $(subst @, ,$@))
+LAST = $(if $(findstring -,$(EXPERIMENT)),$(lastword $(subst -, ,$(EXPERIMENT))))
+MODULE = $(or $(and $(LAST),$(wildcard $(PAPER)/$(LAST).py),$(LAST)),train)
 
 $(SEEDED): $(READY)
-	@"$(PYTHON)" -m $(PAPER).train $(EXPERIMENT) --seed $(SEED) $(WHERE) --precision $(PRECISION) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DATASET),--dataset "$(DATASET)") $(FLAGS)
-	@"$(PYTHON)" -m $(PAPER).eval $(EXPERIMENT) --seed $(SEED) $(WHERE)
+	@"$(PYTHON)" -m $(PAPER).$(MODULE) $(EXPERIMENT) --seed $(THIS_SEED) $(WHERE) $(HOW)
+	@"$(PYTHON)" -m $(PAPER).eval $(EXPERIMENT) --seed $(THIS_SEED) $(WHERE)
 
 $(TARGETS):
 	@"$(PYTHON)" -m common.diff show $(PAPER) --experiment $(EXPERIMENT) --runs "$(RUNS)"
 
+$(PAPERS):
+	@echo "$@ has these experiments:"
+	@$(foreach c,$(filter $@/%,$(CONFIGS)),printf '  make %-34s %s\n' '$@-$(basename $(notdir $(c)))' "$$(sed -n '1s/^# *//p' $(c))";)
+
 test: $(READY)
-	@DATA="$(DATA)" "$(PYTHON)" -m pytest
+	@DATA="$(DATA)" OMP_NUM_THREADS=1 "$(PYTHON)" -m pytest -n 2
 
 torture: $(READY)
 	@"$(PYTHON)" -m tests.torture
 
 BENCHES := $(addprefix bench-,$(TARGETS))
-.PHONY: bench $(BENCHES)
-bench: $(READY)
-	@for config in */configs/mnist.yaml; do "$(PYTHON)" -m common.bench $${config%%/*} mnist --device $(DEVICE) --threads $(THREADS) $(FLAGS); done
+.PHONY: $(BENCHES)
+bench: $(addprefix bench-,$(addsuffix -mnist,$(PAPERS)))
 
 $(BENCHES): $(READY)
-	@one=$(patsubst bench-%,%,$@); "$(PYTHON)" -m common.bench $${one%%-*} $${one#*-} --device $(DEVICE) --threads $(THREADS) $(FLAGS)
+	@one=$(patsubst bench-%,%,$@); "$(PYTHON)" -m tests.bench $${one%%-*} $${one#*-} --device $(DEVICE) --threads $(THREADS) $(FLAGS)
 
 lint: $(READY)
 	@"$(PYTHON)" -m ruff check .
 
 diff: $(READY)
-	@"$(PYTHON)" -m common.diff show --runs "$(RUNS)"
+	@"$(PYTHON)" -m common.diff show --runs "$(RUNS)" $(if $(ALL),--all)
 
 results: $(READY)
 	@"$(PYTHON)" -m common.diff collect --runs "$(RUNS)"
 
 pending: $(READY)
-	@"$(PYTHON)" -m common.diff pending --runs "$(RUNS)"
+	@"$(PYTHON)" -m common.diff $(if $(COMMANDS),commands --data "$(DATA)" --threads $(THREADS) --precision $(PRECISION) --device $(DEVICE),pending) --runs "$(RUNS)"
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache *.egg-info

@@ -6,14 +6,14 @@ Writes eval.json and figures/ into the run's folder.
 """
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from amm.model import sampled
-from amm.train import Config, Split, as_input, by_bayes, diagnosis, draw, error, infer, split
+from amm.model import AMM, Inferred, as_input, sampled
+from amm.scores import diagnosis, error, one_to_one_error
+from amm.train import split
 from common import plots, run
 from common.data import Dataset, load
 from common.metrics import contingency, error_rate
@@ -23,89 +23,56 @@ EMBEDDED = 2_000  # test images of the t-SNE projection
 NOISE = 0.5  # a cluster whose largest class has a smaller share than this is called a noise cluster
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A trained run. Images go in as uint8 (N, C, H, W) and come out as floats in [0, 1]; codes are y (N, K) and z (N, D) on the CPU."""
-
-    config: Config
-    networks: dict[str, nn.Module]
-    state: dict  # the checkpoint
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.networks["decoder"].parameters()).device
-
-    def infer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """y, the softmax of h_y's mean, and z's mean."""
-        h, z = infer(self.networks, images.to(self.device))
-        return h.softmax(1), z
-
-    @torch.no_grad()
-    def decode(self, y: Tensor, z: Tensor) -> Tensor:
-        parts = zip(y.to(self.device).split(500), z.to(self.device).split(500), strict=True)
-        return torch.cat([self.networks["decoder"](a, b).cpu() for a, b in parts])
-
-    def sample(self, components: Tensor, seed: int = 0) -> Tensor:
-        """Images of these components (n,)."""
-        return draw(self.networks, self.config, components, run.generator(seed, "sample"))
-
-    def bayes(self, z: Tensor, priors: Tensor) -> Tensor:
-        """ŷ_z, eq. (19), (N,), under the learned mixture and p(y) (K,)."""
-        return by_bayes(self.networks, self.config.n_components, z, priors)
-
-
-def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Trained:
-    """The run in `folder`, as far as its last checkpoint. Raises UserError where there is none, or it is damaged."""
-    config, _, networks, state = run.trained("amm", Path(folder), torch.device(device))
-    return Trained(config, networks, state)
-
-
 def evaluate(options: run.Options) -> dict:
     """Evaluate one run: its metrics, written to eval.json, and its figures."""
     device, folder = run.set_up(options), options.folder("amm")
-    trained = load_run(folder, device)
-    data = load(trained.config.dataset, options.data, options.unofficial_data)
-    run.check_data(folder, trained.state, data)
+    model, state = run.load_run("amm", folder, device)
+    config, seed = model.config, state["identity"]["seed"]
+    data = load(config.dataset, options.data, options.unofficial_data)
+    run.check_data(folder, state, data)
     if len(data.test_images) < 2:
         raise run.UserError(f"{data.name} has {len(data.test_images)} test image; the figures need at least 2")
-    s = split(trained.config, data, options.seed)
-    metrics = predictions(trained, data.test_images, data.test_labels, s.priors, data.n_classes)
-    metrics |= diagnosis(trained.networks, data.test_images.to(device))
-    if trained.config.validation:
-        on_validation = predictions(trained, s.validation_images, s.validation_labels, s.priors, data.n_classes)
+    n, inferred = data.n_classes, model.infer(data.test_images)
+    metrics = predictions(model, inferred, data.test_labels, n)
+    metrics |= diagnosis(model, data.test_images, inferred, data.test_labels if n > 1 else None)
+    if config.validation:
+        s = split(config, data, seed)
+        on_validation = predictions(model, model.infer(s.validation_images), s.validation_labels, n)
         metrics |= {f"{name}_validation": value for name, value in on_validation.items() if "purity_of" not in name}
-    if data.n_classes > 1:
-        metrics |= in_other_modes(trained, data, s.priors, options.seed)
-        if rows := [row for row in trained.state["rows"] if "test_error" in row]:
+    if n > 1:
+        metrics |= in_other_modes(model, data, seed)
+        if rows := [row for row in state["rows"] if "test_error" in row]:
             metrics["error_best_on_validation"] = min(rows, key=lambda row: row["validation_error"])["test_error"]
     else:
         print(f"{data.name} has one class: what needs labels is left out")
-    result = run.record(options, trained.config, trained.state, metrics, device)
+    result = run.record(config, state, metrics, device)
     run.write_json(folder / "eval.json", result)
-    figures(trained, data, s, folder / "figures", options.seed)
+    plots.save_course(state["rows"], folder / "figures" / "training.png")
+    figures(model, data, folder / "figures", seed)
     return result
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def predictions(trained: Trained, images: Tensor, labels: Tensor, priors: Tensor, n_classes: int) -> dict[str, float]:
-    """Tables 1 and 2, in percent, by both predictions: eq. (19), and (_g_y) argmax of G_y.
+def predictions(model: AMM, inferred: Inferred, labels: Tensor, n_classes: int) -> dict[str, float]:
+    """Tables 1 and 2, in percent, by both predictions: eq. (19), and (_g_y) the argmax of G_y.
 
-    AMM: errors by eq. (17), each cluster counting for its most frequent class, and (_one_to_one) with each class given to one cluster at
-    most. SAMM: component k is class k. Beside them what the paper says in words: how often the two predictions agree; how pure a cluster
-    is, by G_y, on the mean and at worst; how many are noise; of how many clusters a class is the most frequent one, at least; and
-    purity_of_k of each that has images. Without labels, with n_classes 1, agreement and empty clusters alone.
+    AMM: errors by eq. (17), where each cluster counts for its most frequent class, and (_one_to_one) with each class
+    given to one cluster at most. SAMM: component k is class k.
+    Then what the paper says in words.  agreement: how often the two predictions agree.  And of the clusters by G_y:
+    purity, least_purity and purity_of_k, the share of a cluster's largest class; noise_clusters; empty_clusters;
+    fewest_clusters, in how many clusters a class is the largest, at least.
+    Without labels (n_classes 1) there are agreement and empty_clusters alone.
     """
-    y, z = trained.infer(images)
-    k, found = trained.config.n_components, {}
-    both = {"": trained.bayes(z, priors), "_g_y": y.argmax(1)}
+    k, found = model.config.n_components, {}
+    both = {"": model.by_bayes(inferred.z), "_g_y": inferred.h.argmax(1)}
     agreement = 100 - error_rate(both[""], both["_g_y"])
     if n_classes < 2:
         return {"agreement": agreement, "empty_clusters": float(k - len(both["_g_y"].unique()))}
     for suffix, predicted in both.items():
-        found[f"error{suffix}"] = error(predicted, labels, trained.config, n_classes)
-        if not trained.config.semi_supervised:
+        found[f"error{suffix}"] = error(model, predicted, labels, n_classes)
+        if not model.config.semi_supervised:
             found[f"error_one_to_one{suffix}"] = one_to_one_error(contingency(predicted, labels, k, n_classes))
     table = contingency(both["_g_y"], labels, k, n_classes)
     used = table.sum(1).nonzero()[:, 0]
@@ -122,92 +89,113 @@ def predictions(trained: Trained, images: Tensor, labels: Tensor, priors: Tensor
 
 
 @torch.no_grad()
-def in_other_modes(trained: Trained, data: Dataset, priors: Tensor, seed: int) -> dict[str, float]:
-    """Test errors in percent under other readings of "test time", of which the paper says nothing: by eq. (19), and (_g_y) by argmax G_y.
+def codes_in_other_modes(model: AMM, images: Tensor, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """h_y (N, K) and z (N, D) of uint8 images under other readings of test time (ledger 11).
 
-    _batch_statistics: batch normalisation by the statistics of each batch, as large as in training; _sampled: y and z with their noise.
+    batch_statistics: batch normalisation by each batch, as large as in training.  sampled: with their noise.
     """
-    encoder = copy.deepcopy(trained.networks["encoder"])
+    encoder = copy.deepcopy(model.encoder)
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.train()
     torch.manual_seed(seed)
-    codes = {"batch_statistics": [], "sampled": []}
-    for images in data.test_images.tensor_split(max(1, len(data.test_images) // trained.config.batch)):
-        x = as_input(images.to(trained.device))
-        codes["batch_statistics"].append([of[0].cpu() for of in encoder(x)])
-        codes["sampled"].append([sampled(*of).cpu() for of in trained.networks["encoder"](x)])
+    parts = {"batch_statistics": [], "sampled": []}
+    for batch in images.tensor_split(max(1, len(images) // model.config.batch)):
+        x = as_input(batch.to(model.device))
+        parts["batch_statistics"].append([mean.cpu() for mean, _ in encoder(x)])
+        parts["sampled"].append([sampled(*gaussian).cpu() for gaussian in model.encoder(x)])
+    return {mode: tuple(map(torch.cat, zip(*both, strict=True))) for mode, both in parts.items()}
+
+
+def in_other_modes(model: AMM, data: Dataset, seed: int) -> dict[str, float]:
+    """Test errors in percent with `codes_in_other_modes`: by eq. (19), and (_g_y) by argmax G_y."""
     found = {}
-    for name, parts in codes.items():
-        h, z = (torch.cat(both) for both in zip(*parts, strict=True))
-        found[f"error_{name}"] = error(trained.bayes(z, priors), data.test_labels, trained.config, data.n_classes)
-        found[f"error_g_y_{name}"] = error(h.argmax(1), data.test_labels, trained.config, data.n_classes)
+    for mode, (h, z) in codes_in_other_modes(model, data.test_images, seed).items():
+        for g_y, predicted in (("", model.by_bayes(z)), ("_g_y", h.argmax(1))):
+            found[f"error{g_y}_{mode}"] = error(model, predicted, data.test_labels, data.n_classes)
     return found
-
-
-def one_to_one_error(table: Tensor) -> float:
-    """In percent: each class is given to one cluster at most, in the best way. table: (K, N) counts."""
-    from scipy.optimize import linear_sum_assignment
-
-    rows, columns = linear_sum_assignment(table.numpy(), maximize=True)
-    return 100 * (1 - (table[rows, columns].sum() / table.sum()).item())
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def figures(trained: Trained, data: Dataset, s: Split, folder: Path, seed: int) -> None:
-    """Figures 2 to 4: members and samples of each component, matrices, reconstructions, interpolations, t-SNE; the course of training."""
-    k = trained.config.n_components
-    plots.save_course(trained.state["rows"], folder / "training.png")
+def figures(model: AMM, data: Dataset, folder: Path, seed: int) -> None:
+    """Figures 2 to 4: members and samples of each component, matrices, reconstructions, interpolations, t-SNE."""
+    k, images, labels = model.config.n_components, data.test_images, data.test_labels
     generator = run.generator(seed, "figures")
-    y, z = trained.infer(data.test_images)
-    by_g_y, by_bayes = y.argmax(1), trained.bayes(z, s.priors)
-    labels = [f"{i}" for i in range(k)]
+    inferred = model.infer(images)
+    y, z = inferred.h.softmax(1), inferred.z
+    by_g_y, by_bayes = inferred.h.argmax(1), model.by_bayes(z)
+    names = [f"{i}" for i in range(k)]
 
-    samples = trained.sample(torch.arange(k).repeat_interleave(10), seed)
-    plots.save_labelled_grid(samples, folder / "samples.png", 10, "Samples of each component", labels)
-    members = torch.zeros(k, 10, *data.test_images.shape[1:])
+    samples = model.sample(torch.arange(k).repeat_interleave(10), seed)
+    plots.save_labelled_grid(samples, folder / "samples.png", 10, "Samples of each component", names)
+    members = torch.zeros(k, 10, *images.shape[1:])
     for i in range(k):
         mine = (by_g_y == i).nonzero()[:, 0]
         mine = mine[torch.randperm(len(mine), generator=generator)[:10]]
-        members[i, : len(mine)] = as_input(data.test_images[mine])
-    plots.save_labelled_grid(members.flatten(0, 1), folder / "members.png", 10, "Test images that G_y gives to each component", labels)
+        members[i, : len(mine)] = as_input(images[mine])
+    title = "Test images that G_y gives to each component"
+    plots.save_labelled_grid(members.flatten(0, 1), folder / "members.png", 10, title, names)
 
     for name, predicted, title in (("g_y", by_g_y, "argmax of G_y"), ("bayes", by_bayes, "eq. (19)")):
-        table = contingency(predicted, data.test_labels, k, data.n_classes)
+        table = contingency(predicted, labels, k, data.n_classes)
         if data.n_classes > 1:  # as above the paper's matrices
-            title += f": ACC {1 - error(predicted, data.test_labels, trained.config, data.n_classes) / 100:.4f}"
-        plots.save_counts(table, folder / f"matrix_{name}.png", f"Test images by {title}", "component", "class")
+            title += f": ACC {1 - error(model, predicted, labels, data.n_classes) / 100:.4f}"
+        save_counts(table, folder / f"matrix_{name}.png", f"Test images by {title}", "component", "class")
 
-    columns = min(10, len(data.test_images))
-    lines = min(5, len(data.test_images) // columns)
-    chosen = torch.randperm(len(data.test_images), generator=generator)[: columns * lines]
-    originals, decoded = as_input(data.test_images[chosen]), trained.decode(y[chosen], z[chosen])
-    pairs = torch.stack([images.view(lines, columns, *images.shape[1:]) for images in (originals, decoded)], 1)
+    columns = min(10, len(images))
+    lines = min(5, len(images) // columns)
+    chosen = torch.randperm(len(images), generator=generator)[: columns * lines]
+    shown = as_input(images[chosen]), model.decode(y[chosen], z[chosen])
+    pairs = torch.stack([part.view(lines, columns, *images.shape[1:]) for part in shown], 1)
     title = "Test images and, below each row, their reconstructions"
     plots.save_labelled_grid(pairs.flatten(0, 2), folder / "reconstructions.png", columns, title)
 
-    n = min(10, len(data.test_images) // 2)
-    ends = torch.randperm(len(data.test_images), generator=generator)[: 2 * n].view(n, 2)
+    n = min(10, len(images) // 2)
+    ends = torch.randperm(len(images), generator=generator)[: 2 * n].view(n, 2)
     t = torch.linspace(0, 1, STEPS)[None, :, None]
-    between = [code[ends[:, :1]] + t * (code[ends[:, 1:]] - code[ends[:, :1]]) for code in (y, z)]  # (n, STEPS, …)
-    made = trained.decode(*(code.flatten(0, 1) for code in between)).view(n, STEPS, *data.test_images.shape[1:])
-    first, last = (as_input(data.test_images[ends[:, i]])[:, None] for i in (0, 1))
+    y_between, z_between = (code[ends[:, :1]] + t * (code[ends[:, 1:]] - code[ends[:, :1]]) for code in (y, z))
+    between = model.decode(y_between.flatten(0, 1), z_between.flatten(0, 1)).view(n, STEPS, *images.shape[1:])
+    first, last = (as_input(images[ends[:, i]])[:, None] for i in (0, 1))
+    rows = torch.cat([first, between, last], 1).flatten(0, 1)
     title = "Between test images: first and last are real"
-    plots.save_labelled_grid(torch.cat([first, made, last], 1).flatten(0, 1), folder / "interpolations.png", STEPS + 2, title)
+    plots.save_labelled_grid(rows, folder / "interpolations.png", STEPS + 2, title)
 
-    shown = torch.randperm(len(z), generator=generator)[:EMBEDDED]
-    plots.save_points(embedded(z[shown]), data.test_labels[shown], folder / "tsne.png", "t-SNE of z, test images by class")
+    chosen = torch.randperm(len(z), generator=generator)[:EMBEDDED]
+    save_points(embedded(z[chosen]), labels[chosen], folder / "tsne.png", "t-SNE of z, test images by class")
 
 
 def embedded(z: Tensor) -> Tensor:
     """t-SNE (n, 2) of codes (n, D), its settings pinned."""
     from sklearn.manifold import TSNE
 
-    perplexity = min(30.0, (len(z) - 1) / 3)
-    found = TSNE(2, perplexity=perplexity, init="pca", learning_rate="auto", max_iter=1000, random_state=0).fit_transform(z.numpy())
-    return torch.from_numpy(found)
+    settings = {"init": "pca", "learning_rate": "auto", "max_iter": 1000, "random_state": 0}
+    tsne = TSNE(2, perplexity=min(30.0, (len(z) - 1) / 3), **settings)
+    return torch.from_numpy(tsne.fit_transform(z.numpy()))
+
+
+def save_counts(counts: Tensor, path: Path, title: str, rows: str, columns: str) -> None:
+    """A matrix of counts (K, N), coloured by each count's share of its row. rows, columns: what they are."""
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    k, n = counts.shape
+    figure, axes = plots.subplots(figsize=(0.42 * n + 1.4, 0.3 * k + 1.2))
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for i in range(k):
+        for j in range(n):
+            colour = "white" if shares[i, j] > 0.6 else "black"
+            axes.text(j, i, f"{int(counts[i, j])}", ha="center", va="center", fontsize=6, color=colour)
+    axes.set(title=title, xlabel=columns, ylabel=rows, xticks=range(n), yticks=range(k))
+    plots.save_figure(figure, path)
+
+
+def save_points(points: Tensor, groups: Tensor, path: Path, title: str) -> None:
+    """Points (n, 2) in the colours of their groups (n,), numbers 0, 1, …, with a legend."""
+    figure, axes = plots.subplots(figsize=(5, 4.4))
+    drawn = axes.scatter(*points.T.numpy(), s=4, c=groups.numpy(), cmap="tab10", linewidths=0)
+    axes.legend(*drawn.legend_elements(num=None), loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_title(title)
+    plots.save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

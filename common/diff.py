@@ -1,701 +1,421 @@
 """Published vs reference vs yours: the tables of `make diff`, `make results` and `make pending`.
 
-    python -m common.diff show [paper …]      one row per published number
-    python -m common.diff collect             complete runs -> <paper>/results, figures and the READMEs' results blocks
-    python -m common.diff check               are the results blocks what the committed results give?
-    python -m common.diff pending             reference runs still missing
-    python -m common.diff pairs gmgan --experiment toy --runs R    the runs in R against the reference, seed by seed: is bf16 a shift?
-
-A paper is a folder with a published.yaml.
+published.csv: a published number a line; without a value, what we measure beside. also: experiments that are other
+readings of it. better: lower, higher, or equal (a property of the model as built). spread_is: sd or se over `trials`
+runs. best: the published number may be a best one, so our best seed stands beside our mean.
+claims.csv: `metric` of `experiment` is lower or higher than, or equal to, the number `than`, or `than_metric` (empty:
+the same metric) of the experiment `than` (empty: of the same runs).
+pending.csv: the reference runs we want, the most valuable first; hours of a seed on two CPU cores, estimated.
 """
 
-import dataclasses
+import csv
 import json
-import math
+import re
+import shlex
 import shutil
-import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
+import sys
+import textwrap
+from collections import Counter, namedtuple
+from itertools import chain, zip_longest
+from math import isfinite
 from pathlib import Path
+from statistics import fmean, stdev, variance
+
+from scipy.stats import t as student
 
 from common import run
 from common.data import OFFICIAL_COUNTS, official_digest
 from common.run import ROOT, UserError
 
 BEGIN, END = "<!-- results: begin (written by `make results`) -->", "<!-- results: end -->"
-
-
-RECORD = {"experiment": str, "seed": int, "metrics": dict, "config": dict, "config_hash": str, "provenance": dict}
-PROVENANCE = {
-    "git_commits", "git_dirty", "evaluation", "torch", "device", "threads", "precision", "data", "data_digest", "data_official",
-    "train_images", "test_images", "training_seconds", "epochs", "steps_beyond",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One published number. value: as printed; spread: sd or se over `trials` runs, spread_is says which; None: not published."""
-
-    id: str
-    where: str
-    system: str
-    dataset: str
-    experiment: str
-    metric: str
-    unit: str
-    better: str
-    value: float
-    spread: float | None
-    spread_is: str | None
-    trials: int | None
-    needs: str
-    also: tuple[str, ...] = ()  # experiments that are other readings of the same entry
-    show_best: bool = False  # the published number may be a best one: show our best seed too, which no verdict uses
-
-
-@dataclass(frozen=True)
-class Published:
-    """A paper's published.yaml."""
-
-    entries: list[Entry]
-    ours: list[dict]  # what we measure beside them
-    reference: list[dict]  # the reference runs we want
-    stand_ins: dict[str, str]  # the metric that ranks our systems where a column's own cannot be computed
-    claims: list[dict]  # what the paper says of its results, each as a comparison of metrics
-
-
-ITEMS = {  # of published.yaml's other lists: what each item must have, and of which type
-    "ours": {"experiment": (str, list), "metric": (str,), "what": (str,)},
-    "reference": {"experiment": (str,), "seeds": (int,), "hours": (int, float), "needs": (str,)},
-    "claims": {
-        "where": (str,), "claim": (str,), "experiment": (str,), "metric": (str,), "is": (str,), "than": (str, int, float, dict),
-    },
-}  # fmt: skip
+RECORD = ("experiment", "seed", "metrics", "config", "config_hash", "provenance")
+FACTS = ("epochs", "precision", "torch", "device", "threads")  # of a run's provenance
+CLAIM = ("where", "claim", "as a number", "ours", "against", "verdict")
+Row = namedtuple("Row", "where system experiment metric published reference yours verdict")  # all str
 
 
 def papers() -> list[str]:
-    return sorted(path.parent.name for path in ROOT.glob("*/published.yaml"))
+    return sorted(path.parent.name for path in ROOT.glob("*/published.csv"))
 
 
-def published(paper: str) -> Published:
-    """A paper's published.yaml. Raises UserError where it is not whole."""
-    path = ROOT / paper / "published.yaml"
-    content = run.read_yaml(path)
+def read_csv(paper: str, name: str) -> list[dict]:
+    """The lines of <paper>/<name>.csv by column: numbers as floats, empty cells as None."""
+    path = ROOT / paper / f"{name}.csv"
+    number = re.compile(r"\d+(\.\d+)?")
     try:
-        entries = [Entry(**{**entry, "also": tuple(entry.get("also", ()))}) for entry in content["entries"]]
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: an entry is not complete ({error})") from None
-    for entry in entries:
-        if type(entry.value) not in (int, float) or entry.better not in ("lower", "higher", "equal"):
-            raise UserError(f"{path}: {entry.id}: value must be a number and better one of lower, higher, equal")
-    lists = {key: content.get(key, []) for key in ITEMS}
-    for key, needed in ITEMS.items():
-        if not isinstance(lists[key], list):
-            raise UserError(f"{path}: {key} is not a list")
-        for i, item in enumerate(lists[key], start=1):
-            wrong = [name for name, kinds in needed.items() if not isinstance(item, dict) or type(item.get(name)) not in kinds]
-            if wrong:
-                raise UserError(f"{path}: {key}, item {i}: {', '.join(wrong)}: missing, or not of its kind")
-    lists["ours"] = _each_experiment(lists["ours"])
-    return Published(entries, **lists, stand_ins=content.get("stand_ins", {}))
+        lines = csv.DictReader(path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
+        return [{k: float(v) if number.fullmatch(v) else v or None for k, v in line.items()} for line in lines]
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: a line has a cell too few or too many, or it is no text") from None
 
 
-def _each_experiment(items: list[dict]) -> list[dict]:
-    """One item for each experiment, where several are named, those of one experiment together."""
-    several = [(item, [item["experiment"]] if isinstance(item["experiment"], str) else item["experiment"]) for item in items]
-    single = [{**item, "experiment": experiment} for item, experiments in several for experiment in experiments]
-    order = list(dict.fromkeys(item["experiment"] for item in single))
-    return sorted(single, key=lambda item: order.index(item["experiment"]))
+def readings(number: dict) -> list[str]:
+    return [number["experiment"], *(number["also"] or "").split()]
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records in a results file or an eval.json. Raises UserError where it is not JSON or a record is not whole."""
+    """The records in a results file or an eval.json. Raises UserError where one of them is not whole."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: not valid JSON: damaged; delete it and evaluate again") from None
-    records = content if isinstance(content, list) else [content]
-    for record in records:
-        fits = isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in RECORD.items())
-        if not fits or not PROVENANCE <= record["provenance"].keys():
-            raise UserError(f"{path}: a record is not whole; delete it and evaluate again")
-        for name, value in record["metrics"].items():
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise UserError(f"{path}: {name} is {value!r}, not a number; delete it and evaluate again")
-    return records
-
-
-def references(paper: str) -> dict[str, list[dict]]:
-    """The committed records by experiment, one per seed."""
-    return {path.stem: read_records(path) for path in sorted((ROOT / paper / "results").glob("*.json"))}
-
-
-def yours(paper: str, runs: Path) -> dict[str, list[dict]]:
-    """The evaluated runs on this machine, by experiment."""
-    found: dict[str, list[dict]] = {}
-    for path in sorted((runs / paper).glob("*/seed*/eval.json")):
-        found.setdefault(path.parent.parent.name, []).extend(read_records(path))
-    return found
+        records = [{key: r[key] for key in RECORD} for r in (content if isinstance(content, list) else [content])]
+        if all(isinstance(r["seed"], int) and all(map(isfinite, r["metrics"].values())) for r in records):
+            return records
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path}: cannot be read as results; evaluate the run again")
 
 
 def config_of(paper: str, experiment: str):
-    """The committed config of an experiment, or None where it is not written yet."""
-    if experiment not in run.experiments(paper):
-        return None
-    return run.experiment_config(paper, experiment)
+    """The committed config of an experiment, or None where there is none."""
+    return run.experiment_config(paper, experiment) if experiment in run.experiments(paper) else None
 
 
 def not_comparable(record: dict, config) -> str | None:
-    """Why a record's numbers are not the experiment's, or None where they are. config: the committed one."""
-    return unfinished(record, config) or other_data(record)
+    """Why a record's numbers are not the experiment's, or None where they are. config: the committed one, or None."""
+    if config is None:
+        return "an experiment without a config"
+    made, theirs, ours = record["provenance"], record["config"], vars(config)
+    (kind, _, _), (wanted, folder, _) = (values["dataset"].partition(":") for values in (theirs, ours))
+    filled = {key for key in getattr(config, "LEFT_TO_DATA", ()) if ours[key] is None}
+    filled |= {"dataset"} if folder and kind == wanted else set()  # where a person keeps a folder is no setting
+    differing = [key for key in ours if key not in {"epochs", *filled} and theirs.get(key, ours[key]) != ours[key]]
+    unknown = record["config_hash"] != run.config_hash(config) and (not filled or theirs.keys() - ours.keys())
+    fields = ", ".join(f"{key} {theirs[key]}" for key in differing) or "a field unknown here"
+    data, images, steps = made["data"], (made["train_images"], made["test_images"]), made["steps_beyond"]
+    counts = zip(images, OFFICIAL_COUNTS.get(data, images), ("", " of the test set"), strict=True)
+    few = [f"{n:,} of {m:,} images{where}" for n, m, where in counts if n != m]
+    epochs = f"{made['epochs']}{f' and {steps} steps' if steps else ''} of {config.epochs} epochs"
+    reasons = [
+        (differing or unknown, f"another config ({fields})"),
+        (data.partition(":")[0] != kind, f"other data ({data}, where the config has {kind})"),
+        (steps or made["epochs"] != config.epochs, epochs),
+        (few, "".join(few[:1])),
+        (not made["data_official"], f"unofficial data ({images[0]:,} + {images[1]:,} images)"),
+        (official_digest(data) not in (None, made["data_digest"]), f"other data (digest {made['data_digest']})"),
+    ]
+    return next((reason for holds, reason in reasons if holds), None)
 
 
-def unfinished(record: dict, config) -> str | None:
-    """How a record's run differs from a complete run of the committed config, or None."""
-    provenance = record["provenance"]
-    theirs, ours = record["config"], dataclasses.asdict(config)
-    filled = {k for k in getattr(config, "LEFT_TO_DATA", ()) if ours[k] is None}
-    if ":" in (named := str(ours.get("dataset"))) and str(theirs.get("dataset")).startswith(named.partition(":")[0] + ":"):
-        filled.add("dataset")  # where a person keeps a folder is no setting
-    free = run.without_influence(config) | filled
-    differing = [f"{k} {theirs.get(k)}" for k, v in ours.items() if k not in free and theirs.get(k, v) != v]
-    other_hash = record["config_hash"] != run.config_hash(config)
-    if differing or other_hash and (not filled or theirs.keys() - ours.keys()):
-        return f"another config ({', '.join(differing) or 'a field unknown here'})"
-    kind = str(theirs.get("dataset")).partition(":")[0]
-    if "dataset" in theirs and str(provenance["data"]).partition(":")[0] != kind:
-        return f"other data ({provenance['data']}, where the config has {kind})"
-    if provenance["epochs"] != config.epochs or provenance["steps_beyond"]:
-        beyond = f" and {provenance['steps_beyond']} steps" if provenance["steps_beyond"] else ""
-        return f"{provenance['epochs']}{beyond} of {config.epochs} epochs"
-    return None
+def read(paper: str, runs: Path | None = None) -> list[dict]:
+    """The committed records, or those of the runs on this machine, each with the reason why it does not count, or None.
 
-
-def other_data(record: dict) -> str | None:
-    """How the data that a record was measured on differ from the official ones, or None."""
-    provenance = record["provenance"]
-    name, found = provenance["data"], (provenance["train_images"], provenance["test_images"])
-    if name in OFFICIAL_COUNTS and found != OFFICIAL_COUNTS[name]:
-        part = 0 if found[0] != OFFICIAL_COUNTS[name][0] else 1
-        return f"{found[part]:,} of {OFFICIAL_COUNTS[name][part]:,} images{' of the test set' if part else ''}"
-    if not provenance["data_official"]:
-        return f"unofficial data ({found[0]:,} + {found[1]:,} images)"
-    if provenance["data_digest"] != (official_digest(name) or provenance["data_digest"]):  # None: it cannot be known beforehand
-        return f"other data (digest {provenance['data_digest']})"
-    return None
+    A seed counts once and a training counts once, however often they were copied. beside: the experiment that a record
+    is held against; for a person's own, the one of published.csv whose name begins its name, or the first on its data.
+    """
+    found, seen = [], {}
+    known = dict.fromkeys(name for number in read_csv(paper, "published") for name in readings(number))
+    for path in sorted((runs / paper).glob("*/*/eval.json") if runs else (ROOT / paper / "results").glob("*.json")):
+        for r in read_records(path):
+            name, folder, seed = r["experiment"], path.parent, r["seed"]
+            begun = sorted((k for k in known if f"{name}-".startswith(f"{k}-")), key=len, reverse=True)
+            alike = (k for k in known if getattr(config_of(paper, k), "dataset", None) == r["config"]["dataset"])
+            try:
+                beside = next(chain(begun, alike), name)  # which loads configs for a name that is not known alone
+                reason = not_comparable(r, config_of(paper, beside))
+                keys = (name, seed), (name, r["provenance"].get("weights", (folder, seed)))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{path}: a record of another form ({error!r}); evaluate the run again") from None
+            if runs and not re.fullmatch(r"seed\d+", folder.name):
+                reason = "its folder is not named seed<k>"
+            elif twin := next((seen[key] for key in keys if key in seen), None):
+                reason = f"the seed or the weights of {twin}"
+            elif not reason:
+                seen.update(dict.fromkeys(keys, folder))
+            label = f"{name} seed {seed}" + ("" if beside == name else f" (beside {beside})")
+            found.append(r | {"reason": reason, "folder": folder, "beside": beside, "label": label})
+    return found
 
 
 def complete(paper: str, runs: Path) -> dict[str, list[dict[str, float]]]:
-    """The metrics of every complete run by experiment, one for each seed: the reference's, and those under `runs` for other seeds.
-
-    What is left out is said.
-    """
-    found: dict[str, dict[int, dict]] = {}
-    for source in (yours(paper, runs), references(paper)):
-        for experiment, several in source.items():
-            config = config_of(paper, experiment)
-            for record in several:
-                reason = "an experiment that is not there" if config is None else not_comparable(record, config)
-                if reason:
-                    print(f"{experiment} seed {record['seed']}: left out: {reason}")
-                else:
-                    found.setdefault(experiment, {})[record["seed"]] = record["metrics"]
+    """The metrics of every complete run by experiment, one a seed, the reference's first. Prints what is left out."""
+    found = {}
+    for r in read(paper, runs) + read(paper):
+        if r["reason"]:
+            print(f"{r['label']}: left out: {r['reason']}")
+        else:
+            found.setdefault(r["experiment"], {})[r["seed"]] = r["metrics"]
     return {experiment: list(seeds.values()) for experiment, seeds in found.items()}
 
 
-@dataclass(frozen=True)
-class Sample:
-    """The values of one metric over the seeds of one experiment that count, their precisions, and why others do not count."""
-
-    values: list[float]
-    precisions: list[str]
-    reasons: list[str]
-
-    def __str__(self) -> str:
-        """mean ± s.d. (n, and the precision where it is not the published fp32)."""
-        if not self.values:
-            return f"not comparable: {'; '.join(self.reasons)}" if self.reasons else "–"
-        spread = f" ± {statistics.stdev(self.values):.2g}" if len(self.values) > 1 else ""
-        how = "" if self.precisions == ["fp32"] else f", {' and '.join(self.precisions)}"
-        return f"{statistics.fmean(self.values):.4g}{spread} (n={len(self.values)}{how})"
-
-    def best(self, entry: Entry) -> float:
-        return (min if entry.better == "lower" else max)(self.values)
-
-    def difference(self, entry: Entry) -> str:
-        return f"{statistics.fmean(self.values) - entry.value:+.3g}" if self.values else "–"
+def interval(center: float, *errors: tuple[float, float]) -> tuple[float, float]:
+    """95 %, by Student's t with Welch-Satterthwaite's degrees of freedom. errors: squared; and of how many values."""
+    total, spread = sum(e for e, _ in errors), sum(e**2 / (n - 1) for e, n in errors if e)
+    half = float(student.ppf(0.975, total**2 / spread)) * total**0.5 if spread else 0.0
+    return center - half, center + half
 
 
-def counted(paper: str, entry: Entry, config) -> list[str] | None:
-    """Reference, difference and verdict of a number that needs no training, since the networks as built have it; else None.
+def verdict(values: list[float], number: dict) -> str:
+    """match, better or worse (n ≥ 5), indicative (fewer); of counts match or differs. values: one a seed, at least one.
 
-    Such are the `counts` that the module of a config gives: `parameters`, and any other way of counting them, which its `bookkeeping`
-    explains.
-    """
-    module = run.module_of(paper, {"module": getattr(config, "module", "train")})
-    found = module.counts(config) if entry.better == "equal" and hasattr(module, "counts") else {}
-    if entry.metric not in found:
-        return None
-    value, built = found[entry.metric], found["parameters"]
-    how = "as built" if value == built else f"counted as there: {module.bookkeeping(found)}"
-    return [f"{value:,} ({how})", f"{value - entry.value:+,}", verdict([value], entry)]
-
-
-def sample(records: Iterable[dict], config, metric: str) -> Sample:
-    """The comparable values of `metric` among the records. config: the committed one."""
-    reasons = {id(record): not_comparable(record, config) for record in records}
-    good = [record for record in records if not reasons[id(record)] and metric in record["metrics"]]
-    precisions = sorted({record["provenance"]["precision"] for record in good})
-    return Sample([record["metrics"][metric] for record in good], precisions, sorted({reason for reason in reasons.values() if reason}))
-
-
-# ------------------------------------------------------------------------------------------------------------- verdict
-
-
-def verdict(values: list[float], entry: Entry) -> str:
-    """match, better or worse (n ≥ 5), indicative (fewer); for counts, match or differs. values: one a seed, at least one.
-
-    A single published value matches when it lies in the 95 % prediction interval of ours, mean ± t·s·√(1 + 1/n); a published
+    A single published value matches when it lies in the prediction interval of ours, mean ± t·s·√(1 + 1/n); a published
     mean with a spread over N trials matches when the 95 % Welch interval of the difference of the means contains 0.
     """
-    mean, n = statistics.fmean(values), len(values)
-    if entry.better == "equal":
-        return "match" if all(value == entry.value for value in values) else "differs"
+    mean, n, value, spread, trials = fmean(values), len(values), *(number[key] for key in ("value", "spread", "trials"))
+    if number["better"] == "equal":
+        return "match" if set(values) == {value} else "differs"
     if n < 5:
         return "indicative"
-    s = statistics.stdev(values)
-    if entry.spread is None or not entry.trials or entry.trials < 2:
-        low, high = prediction_interval(values)
-        inside, shown = low <= entry.value <= high, f"95 % of seeds in [{low:.4g}, {high:.4g}]"
+    if spread is None or trials is None:
+        low, high = interval(mean - value, (variance(values) * (1 + 1 / n), n))
+        shown = f"95 % of seeds in [{value + low:.4g}, {value + high:.4g}]"
     else:
-        theirs = entry.spread**2 if entry.spread_is == "se" else entry.spread**2 / entry.trials
-        low, high = welch_interval(mean - entry.value, s**2 / n, n, theirs, entry.trials)
-        inside, shown = low <= 0 <= high, f"difference in [{low:.3g}, {high:.3g}]"
-    word = "match" if inside else "better" if (mean < entry.value) == (entry.better == "lower") else "worse"
+        theirs = spread**2 / (1 if number["spread_is"] == "se" else trials)
+        low, high = interval(mean - value, (variance(values) / n, n), (theirs, trials))
+        shown = f"difference in [{low:.3g}, {high:.3g}]"
+    word = "match" if low <= 0 <= high else "better" if (mean < value) == (number["better"] == "lower") else "worse"
     return f"{word} ({shown})"
 
 
-def welch_interval(difference: float, first: float, n_first: int, second: float, n_second: int) -> tuple[float, float]:
-    """The 95 % interval of a difference of two means with squared standard errors `first` and `second`, over n ≥ 2 values each.
+def verdict_on_claim(ours: list[float], against: list[float] | float, wanted: str) -> str:
+    """holds or fails where the 95 % interval of the difference is on one side of 0, else undecided.
 
-    n_second = 1 with an error of 0 stands for a number that is known exactly.
+    against: other seeds, or a number that is known exactly.  wanted: lower, higher or equal.
     """
-    from scipy.stats import t
-
-    # Welch-Satterthwaite; with no spread on either side the difference of the means is known exactly
-    spread = first**2 / (n_first - 1) + (second**2 / (n_second - 1) if n_second > 1 else 0.0)
-    freedom = (first + second) ** 2 / spread if spread else 1
-    half = float(t.ppf(0.975, freedom)) * math.sqrt(first + second)
-    return difference - half, difference + half
-
-
-def prediction_interval(values: list[float]) -> tuple[float, float]:
-    """Where 95 % of further seeds lie, by Student's t: mean ± t·s·√(1 + 1/n). At least two values."""
-    from scipy.stats import t
-
-    n, mean = len(values), statistics.fmean(values)
-    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) * math.sqrt(1 + 1 / n)
-    return mean - half, mean + half
-
-
-# --------------------------------------------------------------------------------------------------------------- table
-
-
-def table(paper: str, mine: dict[str, list[dict]] | None, only: str | None = None) -> list[list[str]]:
-    """The rows of a paper's diff, heads first. mine: the runs of this machine, or None to leave them out (the READMEs).
-
-    only: an experiment; the rows of its data set alone.
-    """
-    said = published(paper)
-    entries, ours = said.entries, said.ours
-    reference = references(paper)
-    heads = ["where", "system", "experiment", "published", "reference", "difference"]
-    rows = [heads + (["yours"] if mine is not None else []) + ["verdict"]]
-    configs = {e: config_of(paper, e) for entry in entries for e in (entry.experiment, *entry.also)}
-    dataset = getattr(config_of(paper, only), "dataset", None) if only else None
-    for entry in entries:
-        for experiment in (entry.experiment, *entry.also):
-            if only and entry.dataset != dataset:
-                continue
-            config, needs = configs[experiment], entry.needs
-            spread = f" ± {entry.spread:g}" if entry.spread is not None else ""
-            value = f"{entry.value:,}" if isinstance(entry.value, int) else f"{entry.value:g}"
-            row = [entry.where, entry.system, experiment, f"{value}{spread}{f' {entry.unit}' if entry.unit else ''}"]
-            if config is None:
-                rows.append([*row, "–", "–", *(["–"] if mine is not None else []), f"not run: to be written; needs {needs}"])
-                continue
-            if known := counted(paper, entry, config):
-                rows.append([*row, *known[:2], *(["–"] if mine is not None else []), known[2]])
-                continue
-            found = sample(reference.get(experiment, []), config, entry.metric)
-            best = f"; the best seed {found.best(entry):.4g}" if entry.show_best and len(found.values) > 1 else ""
-            row += [f"{found}{best}", found.difference(entry)]
-            if mine is not None:
-                here = sample(mine.get(experiment, []), config, entry.metric)
-                row.append(f"{here}, {here.difference(entry)}: {verdict(here.values, entry)}" if here.values else str(here))
-            word = verdict(found.values, entry) if found.values else "not comparable" if found.reasons else f"not run: needs {needs}"
-            rows.append([*row, word])
-    for item in ours:
-        if only and item["experiment"] != only:
-            continue
-        config = config_of(paper, item["experiment"])
-        found = sample(reference.get(item["experiment"], []), config, item["metric"])
-        row = ["ours", item["what"], item["experiment"], "–", str(found), "–"]
-        word = "no published number" if found.values else "not comparable" if found.reasons else "not run"
-        if mine is not None:
-            here = sample(mine.get(item["experiment"], []), config, item["metric"])
-            row.append(str(here))
-            if here.values and len(found.values) >= 5:
-                word = like_reference(here.values, found.values)
-        rows.append([*row, word])
-    return rows
-
-
-def without_the_unmeasured(rows: list[list[str]]) -> tuple[list[list[str]], str]:
-    """`table`'s rows without those of ours that nobody has measured, and a sentence that says how many they are, or nothing."""
-
-    def measured(row: list[str]) -> bool:  # yours is shown with why it cannot be compared, where it cannot
-        return not row[4].startswith(("–", "not comparable")) or any(value != "–" for value in row[6:-1])
-
-    shown = [row for row in rows if row[0] != "ours" or measured(row)]
-    left = len(rows) - len(shown)
-    return shown, f"{left} more numbers that we measure beside them have no comparable run yet." if left else ""
-
-
-def rankings(paper: str, mine: dict[str, list[dict]] | None = None) -> list[list[str]]:
-    """Whether the order that a published column puts its systems in is ours too, heads first. Without heads where there is none.
-
-    By the column's own metric where every system that ran has it, else by its stand-in, which ranks our systems alone and is
-    comparable with nothing published. mine: the runs of this machine, for experiments that have no reference.
-    """
-    said = published(paper)
-    entries, stand_ins = said.entries, said.stand_ins
-    reference = references(paper)
-    columns: dict[tuple[str, str], list[Entry]] = {}
-    for entry in entries:
-        columns.setdefault((entry.where, entry.metric), []).append(entry)
-    rows = []
-    for (where, metric), column in columns.items():
-        if column[0].better == "equal":
-            continue
-        configs = {entry.experiment: config_of(paper, entry.experiment) for entry in column}
-        by_metric: dict[str, dict[str, list[float]]] = {}
-        for name in filter(None, (metric, stand_ins.get(metric))):
-            by_metric[name] = {}
-            for entry in column:
-                config = configs[entry.experiment]
-                for records in (reference, mine or {}):
-                    values = sample(records.get(entry.experiment, []), config, name).values if config is not None else []
-                    if values:
-                        by_metric[name].setdefault(entry.system, values)
-        any_value = {system for found in by_metric.values() for system in found}
-        name, found = next(((n, f) for n, f in by_metric.items() if f.keys() == any_value), (None, {}))
-        ran = [entry for entry in column if entry.system in found]
-        if len(ran) < 2:
-            continue
-        lower = column[0].better == "lower"
-        theirs = sorted(ran, key=lambda e: e.value, reverse=not lower)
-        ours = sorted(ran, key=lambda e: statistics.fmean(found[e.system]), reverse=not lower)
-        pairs = [(a, b) for i, a in enumerate(theirs) for b in theirs[i + 1 :]]
-        alike = sum(ours.index(a) < ours.index(b) for a, b in pairs)
-        published_order = ", ".join(f"{e.system} {e.value:.4g}" for e in theirs)
-        our_order = ", ".join(f"{e.system} {statistics.fmean(found[e.system]):.4g} (n={len(found[e.system])})" for e in ours)
-        indicative = "" if min(len(found[e.system]) for e in ran) >= 5 else ", indicative"
-        rows.append([where, published_order, our_order, name, f"{alike} of {len(pairs)}{indicative}"])
-    return [["where", "published order, best first", "our order", "by", "pairs in the same order"], *rows] if rows else []
-
-
-def claims(paper: str, mine: dict[str, list[dict]] | None = None) -> list[list[str]]:
-    """What the paper says of its results, each claim as a comparison of our numbers, heads first; without heads where there is none.
-
-    A claim names an experiment and a metric, `is` (lower, higher, equal) and `than`: another experiment, whose same metric is meant, or
-    {metric: another one of the same runs}, or a number. mine: the runs of this machine, for experiments that have no reference.
-    """
-    reference, rows = references(paper), []
-
-    def values(experiment: str, metric: str) -> list[float]:
-        config = config_of(paper, experiment)
-        sources = (reference, mine or {}) if config is not None else ()
-        return next((v for source in sources if (v := sample(source.get(experiment, []), config, metric).values)), [])
-
-    for claim in published(paper).claims:
-        experiment, metric, than = claim["experiment"], claim["metric"], claim["than"]
-        ours = values(experiment, metric)
-        if isinstance(than, str):
-            against, shown, kind = values(than, metric), than, "seeds"
-        elif isinstance(than, dict):
-            against, shown, kind = values(experiment, than["metric"]), than["metric"], "paired"
-        else:
-            against, shown, kind = [float(than)], str(than), "number"
-        what = f"{experiment}: {metric} {'=' if claim['is'] == 'equal' else claim['is'] + ' than'} {shown}"
-        row = [claim["where"], claim["claim"], what]
-        if ours and against:
-            row += [plain(ours), *verdict_on_claim(ours, against, claim["is"], kind)]
-        rows.append(row if len(row) > 3 else [*row, "–", "–", "not run"])
-    return [["where", "claim", "as a number", "ours", "against", "verdict"], *rows] if rows else []
-
-
-def plain(values: list[float]) -> str:
-    """mean ± s.d. (n)."""
-    return str(Sample(values, ["fp32"], []))
-
-
-def verdict_on_claim(ours: list[float], against: list[float], wanted: str, kind: str) -> tuple[str, str]:
-    """The other side of a comparison as text, and whether the claim holds.
-
-    It holds, or fails, where the 95 % interval of the difference lies wholly on that side of 0, and is undecided else; with fewer than
-    five seeds on a side that is indicative. kind of `against`: other runs ("seeds"), the same runs in order ("paired"), a "number".
-    """
-    other = plain(against) if len(against) > 1 else f"{against[0]:.4g}"
+    theirs, n = against if isinstance(against, list) else [against], len(ours)
     if wanted == "equal":
-        n = sum(value == against[0] for value in ours)
-        return other, f"{'holds' if n == len(ours) else 'fails'} (in {n} of {len(ours)} seeds)"
-    if kind == "paired":
-        ours, against = [a - b for a, b in zip(ours, against, strict=True)], [0.0]
-    difference = statistics.fmean(ours) - statistics.fmean(against)
-    if min(len(ours), len(against) if kind == "seeds" else 2) < 2:
-        return other, f"one seed: {'as claimed' if (difference < 0 if wanted == 'lower' else difference > 0) else 'not as claimed'}"
-    error = statistics.variance(against) / len(against) if len(against) > 1 else 0.0
-    low, high = welch_interval(difference, statistics.variance(ours) / len(ours), len(ours), error, len(against))
-    holds, fails = (high < 0, low > 0) if wanted == "lower" else (low > 0, high < 0)
-    indicative = ", indicative" if len(ours) < 5 or kind == "seeds" and len(against) < 5 else ""
-    return other, f"{'holds' if holds else 'fails' if fails else 'undecided'}{indicative} (difference in [{low:.3g}, {high:.3g}])"
+        return f"{'holds' if set(ours) == set(theirs) else 'fails'} (in {ours.count(theirs[0])} of {n} seeds)"
+    difference, m = fmean(ours) - fmean(theirs), len(theirs)
+    fewest = min(n, m) if theirs is against else n
+    if fewest < 2:
+        return f"one seed: {'' if difference and (difference < 0) == (wanted == 'lower') else 'not '}as claimed"
+    low, high = interval(difference, (variance(ours) / n, n), (variance(theirs) / m if m > 1 else 0.0, m))
+    word = "undecided" if low <= 0 <= high else "holds" if (high < 0) == (wanted == "lower") else "fails"
+    return f"{word}{', indicative' if fewest < 5 else ''} (difference in [{low:.3g}, {high:.3g}])"
 
 
-def pairs(paper: str, experiment: str, mine: dict[str, list[dict]]) -> list[list[str]]:
-    """Your runs of an experiment against the reference runs of the same seeds, metric by metric: is there a shift? Heads first.
+def sample(records: list[dict], name: str, metric: str, number: dict | None = None) -> tuple[list[float], str]:
+    """A metric of an experiment's runs that count; and as text, of all where none counts: mean ± s.d. (n, precisions).
 
-    For runs in another precision, or with other code: complete runs of the committed config, at least two seeds on both sides.
+    number: the line of published.csv, for the difference from the published value.
     """
-    config = config_of(paper, experiment)
-    sides = [
-        {r["seed"]: r["metrics"] for r in records.get(experiment, []) if not_comparable(r, config) is None}
-        for records in (references(paper), mine)
-    ]
-    seeds = sorted(sides[0].keys() & sides[1].keys())
-    if len(seeds) < 2:
-        raise UserError(f"{experiment}: {len(seeds)} seed has a complete run here and in the reference; pairs need at least 2")
-    rows = [["metric", f"reference, seeds {', '.join(map(str, seeds))}", "yours", "difference of a pair, 95 % interval", ""]]
-    for metric in sides[0][seeds[0]]:
-        theirs, ours = ([side[seed][metric] for seed in seeds if metric in side[seed]] for side in sides)
-        if len(theirs) < len(seeds) or len(ours) < len(seeds):
-            continue
-        differences = [b - a for a, b in zip(theirs, ours, strict=True)]
-        mean = statistics.fmean(differences)
-        low, high = welch_interval(mean, statistics.variance(differences) / len(seeds), len(seeds), 0.0, 1)
-        verdict = "the same" if low == high == 0 else "no shift seen" if low <= 0 <= high else "shift"
-        rows.append([metric, plain(theirs), plain(ours), f"{mean:+.3g} in [{low:.3g}, {high:.3g}]", verdict])
+    those = [r for r in records if r["experiment"] == name and metric in r["metrics"]]
+    those = (good := [r for r in those if not r["reason"]]) or those
+    values, precisions = [r["metrics"][metric] for r in those], {r["provenance"]["precision"] for r in those}
+    if not values:
+        return [], ""
+    spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
+    how = "" if precisions == {"fp32"} else f", {' and '.join(sorted(precisions))}"
+    text = f"{fmean(values):.4g}{spread} (n={len(values)}{how})"
+    if number and number["best"] and len(values) > 1:
+        text += f"; the best seed {(min if number['better'] == 'lower' else max)(values):.4g}"
+    if number and number["value"] is not None and good:
+        text += f", {fmean(values) - number['value']:+.3g}"
+    return values if good else [], text
+
+
+def table(paper: str, reference: list[dict], mine: list[dict]) -> list[Row]:
+    """A row for each experiment that a line of published.csv names, and for each of a person's own beside it."""
+    rows = []
+    for number in read_csv(paper, "published"):
+        value, better, unit, metric = (number[key] for key in ("value", "better", "unit", "metric"))
+        what = [number["what"], unit, f"{better} is better" if better in ("lower", "higher") else ""]
+        spread = "" if number["spread"] is None else f" ± {number['spread']:g}"
+        printed = "" if value is None else f"{value:,.12g}{spread} {unit or ''}".strip()
+        for name in readings(number):
+            values, ours = sample(reference, name, metric, number)
+            if better == "equal":
+                model = config_of(paper, name).build()
+                values, built = [getattr(model, metric)], sum(p.numel() for p in model.parameters())
+                ours = f"{values[0]:,} (as built)" if values[0] == built else f"{values[0]:,} (built: {built:,})"
+            why = "; ".join({r["reason"] for r in reference if r["experiment"] == name} - {None})
+            word = f"not comparable: {why}" if why else f"not run: needs {number['needs'] or 'a run'}"
+            if values:
+                word = verdict(values, number) if printed else ""
+            for experiment in dict.fromkeys([name, *(r["experiment"] for r in mine if r["beside"] == name)]):
+                here, text = sample(mine, experiment, metric, number)
+                if here and printed:
+                    text += f": {verdict(here, number)}"
+                elif here and len(values) > 4:
+                    low, high = interval(fmean(values), (variance(values) * (1 + 1 / len(values)), len(values)))
+                    text += f": {sum(low <= x <= high for x in here)} where 95 % of seeds lie, [{low:.4g}, {high:.4g}]"
+                facts = ", ".join(filter(None, what)), printed, ours, text, word
+                rows.append(Row(number["where"], number["system"] or "", experiment, *facts))
     return rows
 
 
-def like_reference(here: list[float], reference: list[float]) -> str:
-    """Whether your values lie where 95 % of seeds should, by the reference's (n ≥ 5)."""
-    low, high = prediction_interval(reference)
-    outside = sum(not low <= value <= high for value in here)
-    word = f"{outside} of your {len(here)} outside" if outside else "yours as the reference"
-    return f"{word} (95 % of seeds in [{low:.4g}, {high:.4g}])"
+def claims(paper: str, reference: list[dict], mine: list[dict]) -> list[list[str]]:
+    """What the paper says of its results, each claim as a comparison of our numbers: the reference's, or else yours."""
+    rows, ran = [], {r["experiment"] for r in reference if not r["reason"]}
+    records = reference + [r for r in mine if r["experiment"] not in ran]
+    for claim in read_csv(paper, "claims"):
+        name, metric, than, other = (claim[key] for key in ("experiment", "metric", "than", "than_metric"))
+        (ours, shown), (against, text) = sample(records, name, metric), sample(records, than or name, other or metric)
+        if isinstance(than, float):
+            against, text = than, (than := f"{than:g}")
+        pairs = (ours, against) if than else ([a - b for a, b in zip(ours, against, strict=True)], 0.0)
+        word = "not run" if [] in pairs else verdict_on_claim(*pairs, claim["is"])
+        sign = "=" if claim["is"] == "equal" else f"{claim['is']} than"
+        rows.append([claim["where"], claim["claim"], f"{name}: {metric} {sign} {than or other}", shown, text, word])
+    return rows
 
 
 def as_text(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    """A table, heads first, no wider than the terminal: columns without a word are left out, the widest are wrapped."""
+    rows = list(zip(*(column for column in zip(*rows, strict=True) if any(column[1:])), strict=True))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    while sum(widths) + 2 * len(widths) - 2 > shutil.get_terminal_size((120, 24)).columns and max(widths) > 1:
+        widths[widths.index(max(widths))] -= 1
+    lines = []
+    for cells in [rows[0], ["-" * width for width in widths], *rows[1:]]:
+        for parts in zip_longest(*map(textwrap.wrap, cells, widths), fillvalue=""):
+            lines.append("  ".join(map(str.ljust, parts, widths)).rstrip())
+    return "\n".join(lines)
 
 
 def as_markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-# ------------------------------------------------------------------------------------------------------------- collect
+def show(paper: str, runs: Path, only: str | None, everything: bool) -> None:
+    """Print the rows that have a result, or all, or one experiment's; why runs do not count; how many numbers match."""
+    if only:
+        run.check_experiment(paper, only)
+    mine, reference, reasons = [r for r in read(paper, runs) if only in (None, r["experiment"])], read(paper), {}
+    for r in mine:
+        reasons.setdefault(r["reason"], []).append(r["label"])
+    reasons.pop(None, None)
+    notes = [["yours", "why"], *([", ".join(names), f"not comparable: {why}"] for why, names in reasons.items())]
+    rows = [row for row in table(paper, reference, mine) if only in (None, row.experiment)]
+    said = [] if only else claims(paper, reference, mine)
+    shown = [row for row in rows if everything or row.reference or row.yours]
+    held = [cells for cells in said if everything or cells[-1] != "not run"]
+    print(f"\n{paper}")
+    table_rows = [[f"{r.where}: {r.system}" if r.system else r.where, *r[2:]] for r in shown]
+    for lines in (notes, [("number", *Row._fields[2:]), *table_rows], [CLAIM, *held]):
+        print(as_text(lines) + "\n" if len(lines) > 1 else "")
+    if only and not shown:
+        print(f"no result of {only} stands in the table; an evaluated run has its own in its eval.json")
+    words = Counter(re.match("[a-z ]*", row.verdict)[0].strip() for row in rows if row.published)
+    words["differ"] = words["better"] + words["worse"] + words["differs"]
+    print(", ".join(f"{words[word]} {word}" for word in ("match", "differ", "indicative", "not comparable", "not run")))
+    if more := len(rows) + len(said) - len(shown) - len(held):
+        print(f"{more} more rows have no result yet; --all (make diff ALL=1) shows them")
 
 
 def collect(runs: Path) -> None:
-    """Bring the complete runs made from a clean tree into results/ and figures/, then write the READMEs' results blocks."""
-    for paper in papers():
-        subsets = {item["experiment"] for item in published(paper).reference if item.get("subset")}
-        for experiment, records in yours(paper, runs).items():
-            config = config_of(paper, experiment)
-            if config is None:
-                continue
-            # Where published.yaml says so, a run on a part of the data is kept as well; the diff says that it is not comparable.
-            refused = unfinished if experiment in subsets else not_comparable
-            path = ROOT / paper / "results" / f"{experiment}.json"
-            committed = read_records(path) if path.exists() else []
-            kept = {record["seed"]: record for record in committed if not refused(record, config)}
-            taken = []
-            for record in records:
-                reason = refused(record, config) or unclean(record)
-                if not reason and other_data(record) and record["seed"] in kept and not other_data(kept[record["seed"]]):
-                    reason = f"the committed run is on the whole data, this one on {other_data(record)}"
-                if reason:
-                    print(f"{paper} {experiment} seed {record['seed']}: left out: {reason}")
+    """Merge the complete runs made from a clean tree into results/ and figures/, then write the pages."""
+    (ROOT / "runs").mkdir(exist_ok=True)
+    with run.locked(ROOT / "runs" / ".results.lock", "another process collects results: waiting for it"):
+        for paper in papers():
+            kept = {(r["experiment"], r["seed"]): r for r in read(paper)}  # replaced by a new run of the seed alone
+            mine, figures = read(paper, runs), [(runs / paper / "figures", "")]  # these compare runs
+            for r in mine:
+                sessions = r["provenance"], r["provenance"]["evaluation"]
+                if any(s["git_commit"] is None or s["git_dirty"] is not False for s in sessions):
+                    r["reason"] = r["reason"] or "trained or evaluated from a tree that was not clean"
+                if r["reason"]:
+                    print(f"{r['folder']}: left out: {r['reason']}")
                 else:
-                    kept[record["seed"]] = {key: record[key] for key in RECORD}
-                    taken.append(record["seed"])
-            if not taken:
-                continue
-            run.write_json(path, [kept[seed] for seed in sorted(kept)])
-            print(f"{path.relative_to(ROOT)}: seeds {', '.join(map(str, sorted(kept)))}")
-            if min(kept) in taken:  # the pictures of the first seed, never of the prettiest
-                for picture in sorted((runs / paper / experiment / f"seed{min(kept)}" / "figures").glob("*.png")):
-                    target = ROOT / paper / "figures" / f"{experiment}-{picture.name}"
-                    target.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(picture, target)
-        for picture in sorted((runs / paper / "figures").glob("*.png")):  # those that compare runs
-            (ROOT / paper / "figures").mkdir(exist_ok=True)
-            shutil.copyfile(picture, ROOT / paper / "figures" / picture.name)
-    for path, text in blocks().items():
-        with run.atomic(path) as file:
-            file.write(text)
-        print(f"{path.relative_to(ROOT)}: results block written")
+                    kept[r["experiment"], r["seed"]] = r
+            for name in sorted({r["experiment"] for r in mine if not r["reason"]}):
+                records = [kept[key] for key in sorted(kept) if key[0] == name]
+                run.write_json(ROOT / paper / "results" / f"{name}.json", [{k: r[k] for k in RECORD} for r in records])
+                print(f"{paper}/results/{name}.json: seeds {', '.join(str(r['seed']) for r in records)}")
+                figures.append((records[0]["folder"] / "figures", f"{name}-"))  # the lowest seed's, not the prettiest
+            for path, prefix in [(path, prefix) for folder, prefix in figures for path in folder.glob("*.png")]:
+                with run.atomic(ROOT / paper / "figures" / f"{prefix}{path.name}", "wb") as file:
+                    file.write(path.read_bytes())
+        for path, text in pages().items():
+            with run.atomic(path) as file:
+                file.write(text)
 
 
-def unclean(record: dict) -> str | None:
-    """Why a record cannot be traced to commits, or None where it can."""
-    for part, provenance in (("trained", record["provenance"]), ("evaluated", record["provenance"]["evaluation"])):
-        if provenance["git_commit"] is None or provenance["git_dirty"] is not False:
-            return f"{part} from a tree that was not clean"
-    return None
-
-
-def blocks() -> dict[Path, str]:
-    """The READMEs with their results blocks as the committed results give them."""
-    written = {}
-    glance = []
+def pages() -> dict[Path, str]:
+    """RESULTS.md of each paper, and the READMEs with their results blocks, as the committed results give them."""
+    heads = ["where", "system", "published", "ours, n", "verdict"]
+    blocks, written, glance = {}, {}, [["paper", *heads]]
     for paper in papers():
-        rows = table(paper, None)
-        numbers = [row for row in rows[1:] if row[3] != "–"]
-        done = [row for row in numbers if not row[4].startswith(("–", "not comparable"))]
-        left = len(numbers) - len(done)
-        rest = f"{left} more of the paper's numbers have no comparable run yet; all, and what we measure beside them: `make diff`."
-        glance += [f"**[{paper}]({paper}/README.md)**", *([as_markdown([rows[0], *done])] if done else []), rest]
-        order = rankings(paper)
-        said = claims(paper)
-        shown, waiting = without_the_unmeasured(rows)
-        tables = [as_markdown(shown), waiting, *(as_markdown(block) for block in (order, said) if block)]
-        body = [*tables, reference_runs(paper), pictures(paper)]
-        path = ROOT / paper / "README.md"
-        written[path] = with_block(path, "\n\n".join(part for part in body if part))
-    path = ROOT / "README.md"
-    written[path] = with_block(path, "\n\n".join(glance))
+        records, folder, figures = read(paper), ROOT / paper, {}
+        rows, said = table(paper, records, []), claims(paper, records, [])
+        numbers, beside = [r for r in rows if r.published], [r for r in rows if r.reference and not r.published]
+        done = [row for row in numbers if not row.verdict.startswith("not ")]
+        short = [[r.where, f"{r.system} ({r.experiment})", r.published, r.reference, r.verdict] for r in done]
+        left = {r[:2]: r.verdict for r in numbers if r[:2] not in {row[:2] for row in done}}  # a number has readings
+        waiting = "; ".join(f"{n} {why}" for why, n in Counter(left.values()).items()) or "none"
+        blocks[folder] = f"{as_markdown([heads, *short[:10]])}\n\n" * bool(short) + (
+            f"Published numbers without a comparable run of ours: {waiting}.\n\n"
+            "[RESULTS.md](RESULTS.md) has every number, claim, reference run and figure."
+        )
+        glance += [[f"[{paper}]({paper}/README.md)", *cells] for cells in short]
+        runs = [["experiment", "seed", *FACTS, "minutes", "commits"]]
+        for r, made in ((r, r["provenance"]) for r in records):
+            facts = [", ".join(map(str, made[key])) if isinstance(made[key], list) else str(made[key]) for key in FACTS]
+            commits = ", ".join(commit[:7] for commit in made["git_commits"])
+            runs.append([r["experiment"], str(r["seed"]), *facts, f"{made['training_seconds'] / 60:.1f}", commits])
+        for path in sorted((folder / "figures").glob("*.png")):  # mnist-adgm-samples.png is of mnist-adgm, not of mnist
+            names = [r["experiment"] for r in records if path.name.startswith(f"{r['experiment']}-")]
+            image = f"![{path.stem}](figures/{path.name})"
+            figures.setdefault(max(names, key=len, default="several runs"), []).append(image)
+        parts = [
+            f"# Results: {paper}\n\nWritten by `make results`; not to be edited.",
+            f"## Published numbers\n\n{as_markdown([Row._fields, *numbers])}",
+            f"## What we measure beside them\n\n{as_markdown([Row._fields, *beside])}",
+            f"## What the paper says\n\n{as_markdown([CLAIM, *said])}" if said else "",
+            f"## Reference runs\n\n{as_markdown(runs)}\n\n## Figures",
+        ]
+        for name, images in figures.items():
+            parts.append("\n".join([f"<details><summary>{name}</summary>\n", *images, "\n</details>"]))
+        written[folder / "RESULTS.md"] = "\n\n".join(filter(None, parts)) + "\n"
+    blocks[ROOT] = as_markdown(glance)
+    for folder, block in blocks.items():
+        before, _, rest = (path := folder / "README.md").read_text(encoding="utf-8").partition(BEGIN)
+        if END not in rest:
+            raise UserError(f"{path}: the lines {BEGIN} and {END} are not there")
+        written[path] = f"{before}{BEGIN}\n\n{block}\n\n{END}{rest.partition(END)[2]}"
     return written
 
 
-def reference_runs(paper: str) -> str:
-    """One row per experiment: what its numbers come from."""
-    rows = [["reference runs", "seeds", "epochs", "precision", "torch", "device, threads", "wall clock of training, mean", "commits"]]
-    for experiment, records in references(paper).items():
-        provenances = [record["provenance"] for record in records]
-
-        def each(key: str, provenances=provenances) -> str:
-            values = [v for p in provenances for v in (p[key] if isinstance(p[key], list) else [p[key]])]
-            return ", ".join(dict.fromkeys(map(str, values)))
-
-        commits = dict.fromkeys(c[:7] for p in provenances for c in p["git_commits"])
-        minutes = statistics.fmean(p["training_seconds"] for p in provenances) / 60
-        seeds = ", ".join(str(record["seed"]) for record in records)
-        where = f"{each('device')}, {each('threads')}"
-        rows.append([experiment, seeds, each("epochs"), each("precision"), each("torch"), where, f"{minutes:.1f} min", ", ".join(commits)])
-    return as_markdown(rows) if len(rows) > 1 else ""
-
-
-def pictures(paper: str) -> str:
-    """The figures that compare runs, then those of the reference runs, first seed, folded by experiment."""
-    of_runs = {p for e in references(paper) for p in (ROOT / paper / "figures").glob(f"{e}-*.png")}
-    shared = sorted(p for p in (ROOT / paper / "figures").glob("*.png") if p not in of_runs)
-    parts = [f"![{p.stem}](figures/{p.name})" for p in shared]
-    for experiment in references(paper):
-        files = sorted(p for p in (ROOT / paper / "figures").glob(f"{experiment}-*.png") if experiment_of(paper, p) == experiment)
-        images = "\n".join(f"![{p.stem}](figures/{p.name})" for p in files)
-        if images:
-            parts.append(f"<details><summary>Figures of {experiment}</summary>\n\n{images}\n\n</details>")
-    return "\n".join(parts)
-
-
-def experiment_of(paper: str, picture: Path) -> str:
-    """mnist-first-labels-samples.png is of mnist-first-labels, not of mnist."""
-    return max((e for e in references(paper) if picture.name.startswith(f"{e}-")), key=len, default="")
-
-
-def with_block(path: Path, content: str) -> str:
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"{path}: expected one line {BEGIN!r} and one {END!r} around the results block")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{content}\n\n{END}{rest.split(END)[1]}"
-
-
-# ------------------------------------------------------------------------------------------------------------- pending
-
-
-def pending(runs: Path) -> list[list[str]]:
-    """The reference runs still missing, the most valuable first: experiment, seeds, needs, cost, and how far they are here."""
-    rows = [["target", "missing seeds", "needs", "cost of a seed", "here"]]
-    for paper in papers():
-        records = references(paper)
-        for item in published(paper).reference:
-            experiment, seeds = item["experiment"], range(item["seeds"])
-            config = config_of(paper, experiment)
-            good = [r for r in records.get(experiment, []) if config is not None and not not_comparable(r, config)]
-            missing = sorted(set(seeds) - {r["seed"] for r in good})
-            if not missing:
-                continue
-            seconds = [r["provenance"]["training_seconds"] for r in good]
-            cost = f"{statistics.fmean(seconds) / 3600:.2f} h measured" if seconds else f"{item['hours']:g} h estimated"
-            here = []
-            for seed in missing:
-                log = runs / paper / experiment / f"seed{seed}" / "log.csv"
-                if log.exists() and config is not None:
-                    here.append(f"seed {seed}: epoch {len(log.read_text().splitlines()) - 1} of {config.epochs}")
-            state = "; ".join(here) or ("–" if config is not None else "to be written")
-            rows.append([f"{paper}-{experiment}", ", ".join(map(str, missing)), item["needs"], cost, state])
-    return rows
+def pending(names: list[str], runs: Path, flags: list[str]) -> tuple[list[list[str]], list[str]]:
+    """The reference runs that are missing: a row an experiment; and a shell line a seed, which trains and evaluates."""
+    rows, lines = [["target", "missing seeds", "needs", "cost of a seed", "here"]], []
+    for paper in names:
+        records = read(paper)
+        for rank, line in enumerate(read_csv(paper, "pending")):
+            name, module = line["experiment"], run.module_of(paper, line["experiment"])
+            good = {r["seed"]: r["provenance"] for r in records if r["experiment"] == name and not r["reason"]}
+            seeds = [str(seed) for seed in range(int(line["seeds"])) if seed not in good]
+            hours = [made["training_seconds"] / 3600 for made in good.values()]
+            cost = f"{fmean(hours):.2f} h measured" if hours else f"{line['hours']:g} h estimated"
+            logs = {seed: runs / paper / name / f"seed{seed}" / "log.csv" for seed in seeds}
+            done = {seed: len(log.read_text().splitlines()) - 1 for seed, log in logs.items() if log.exists()}
+            here = "; ".join(f"seed {seed}: epoch {epoch}" for seed, epoch in done.items())
+            rows += [[f"{paper}-{name}", ", ".join(seeds), line["needs"], cost, here]] if seeds else []
+            for seed in seeds:
+                train = [f"{paper}.{module}", name.removesuffix(f"-{module}"), "--seed", seed, *flags]
+                evaluate = [f"{paper}.eval", name, "--seed", seed, *(f for f in flags if "--precision" not in f)]
+                lines.append((rank, " && ".join(shlex.join([sys.executable, "-m", *w]) for w in (train, evaluate))))
+    return rows, [line for _, line in sorted(lines, key=lambda ranked: ranked[0])]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = run.Parser(prog="python -m common.diff")
-    parser.add_argument("what", choices=("show", "collect", "check", "pending", "pairs"))
-    parser.add_argument("papers", nargs="*", help="show: these alone; pairs: one")
-    parser.add_argument("--experiment", help="show: the rows of its data set alone; pairs: this one, against the reference seed by seed")
+    parser.add_argument("what", choices=("show", "collect", "check", "pending", "commands"))
+    parser.add_argument("papers", nargs="*", help="show, pending, commands: these alone")
+    parser.add_argument("--experiment", help="show: its rows alone")
+    parser.add_argument("--all", action="store_true", help="show: the rows without a result as well")
     parser.add_argument("--runs", type=run.as_path, default=Path("runs"))
+    for flag in (passed := ("data", "device", "threads", "inception", "precision")):
+        parser.add_argument(f"--{flag}", help="commands: passed on")
     options = parser.parse_all(argv)
-    if options.what == "pairs" and (len(options.papers) != 1 or not options.experiment):
-        raise UserError("pairs takes one paper and --experiment")
-    if options.what not in ("show", "pairs") and (options.papers or options.experiment):
-        raise UserError(f"{options.what} takes no papers and no --experiment")
-    for paper in options.papers:
-        if paper not in papers():
-            raise UserError(f"unknown paper {paper!r}{run.nearest(paper, papers())}")
-    if options.what == "show":
-        for paper in options.papers or papers():
-            if options.experiment:
-                run.check_experiment(paper, options.experiment)
-            mine = yours(paper, options.runs)
-            rows = table(paper, mine, options.experiment)
-            waiting = ""
-            if not options.experiment:
-                rows, waiting = without_the_unmeasured(rows)
-            print(f"\n{paper}\n{as_text(rows) if len(rows) > 1 else f'no published number for {options.experiment}'}")
-            if waiting:
-                print(waiting)
-            for more in (rankings(paper, mine), claims(paper, mine) if not options.experiment else []):
-                if more:
-                    print(f"\n{as_text(more)}")
-    elif options.what == "pairs":
-        run.check_experiment(options.papers[0], options.experiment)
-        print(as_text(pairs(options.papers[0], options.experiment, yours(options.papers[0], options.runs))))
-    elif options.what == "collect":
-        collect(options.runs)
-    elif options.what == "check":
-        stale = [str(path.relative_to(ROOT)) for path, text in blocks().items() if path.read_text(encoding="utf-8") != text]
+    what, only, runs = options.what, options.experiment, options.runs
+    for paper in set(options.papers) - set(papers()):
+        raise UserError(f"unknown paper {paper!r}{run.nearest(paper, papers())}")
+    names = options.papers or [paper for paper in papers() if only in (None, *run.experiments(paper))] or papers()
+    if what == "show":
+        for paper in names:
+            show(paper, runs, only, options.all)
+    elif what == "collect":
+        collect(runs)
+    elif what == "check":
+        stale = [path for path, text in pages().items() if not path.exists() or path.read_text("utf-8") != text]
         if stale:
-            raise run.RunFailed(f"results blocks out of date: {', '.join(stale)}; run make results")
+            names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+            raise run.RunFailed(f"out of date: {names}; run make results")
     else:
-        rows = pending(options.runs)
-        print(as_text(rows) if len(rows) > 1 else "no reference run is missing")
+        flags = [f"--{key}={value}" for key in (*passed, "runs") if (value := getattr(options, key))]
+        rows, lines = pending(names, runs, flags)
+        print(as_text(rows) if what == "pending" else "\n".join(lines))
 
 
 if __name__ == "__main__":

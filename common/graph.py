@@ -1,7 +1,8 @@
 """A training step recorded once as a CUDA graph and then replayed: `--graph`.
 
-A step of a small network is hundreds of kernels of some microseconds, and a GPU waits for Python to launch each; a graph is one launch.
-What is replayed is what was recorded, so a step must not read a value back, nor depend on anything but its batch, weights and optimisers.
+A step of a small network is hundreds of kernels of some microseconds, and a GPU waits for Python to launch each; a
+graph is one launch. What was recorded is replayed, so a step must not read a value back, nor depend on anything but its
+batch, the weights and the optimisers.
 """
 
 import warnings
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-EAGER = 3  # steps in a row run as they are before one is recorded: Adam's state, libraries' workspaces and caches come about in them
+EAGER = 3  # steps in a row before one is recorded: Adam's state, workspaces and caches come about in them
 
 Step = Callable[[NamedTuple], dict[str, Tensor]]
 
@@ -19,9 +20,9 @@ Step = Callable[[NamedTuple], dict[str, Tensor]]
 def replayed(step: Step, optimizers: Iterable[torch.optim.Optimizer], wanted: bool) -> Step:
     """`step` itself, or, if wanted, one that does the same by recordings.
 
-    step: takes a batch, a named tuple of tensors, generators on the device and plain values; returns scalars, which hold until the next
-    step. Each kind of batch (shapes and plain values) has a recording of its own, made once EAGER of a kind have come in a row: an epoch's
-    smaller last batch never has one. Draws from global generators are those of an eager step too.
+    step: takes a batch, a named tuple of tensors, generators on the device and plain values; returns scalars, which
+    hold until the next step. Each kind of batch (shapes and plain values) has a recording of its own, made once EAGER
+    of a kind have come in a row: an epoch's smaller last batch has none. Global generators draw as in an eager step.
     """
     if not wanted:
         return step
@@ -31,12 +32,12 @@ def replayed(step: Step, optimizers: Iterable[torch.optim.Optimizer], wanted: bo
 
     def call(batch: NamedTuple) -> dict[str, Tensor]:
         nonlocal last, in_a_row
-        kind = tuple(entry.shape if isinstance(entry, Tensor) else None if isinstance(entry, torch.Generator) else entry for entry in batch)
+        kind = tuple(x.shape if isinstance(x, Tensor) else x if isinstance(x, int | float) else None for x in batch)
         last, in_a_row = kind, in_a_row + 1 if kind == last else 1
         if kind not in recordings:
             if in_a_row <= EAGER:
                 return on_stream(stream, step, batch)
-            own = type(batch)(*(held(entry) for entry in batch))
+            own = type(batch)(*map(placeholder, batch))
             recordings[kind] = (own, *record(step, own, optimizers, stream))
         own, replay, out = recordings[kind]
         for mine, given in zip(own, batch, strict=True):
@@ -50,7 +51,7 @@ def replayed(step: Step, optimizers: Iterable[torch.optim.Optimizer], wanted: bo
     return call
 
 
-def held(entry: object) -> object:
+def placeholder(entry: object) -> object:
     """A place for an entry of a batch, from which a recording reads it."""
     if isinstance(entry, Tensor):
         return torch.empty_like(entry)
@@ -58,7 +59,7 @@ def held(entry: object) -> object:
 
 
 def on_stream(stream: torch.cuda.Stream, step: Step, batch: NamedTuple) -> dict[str, Tensor]:
-    """A step as it is, on the stream that will record: workspaces and autograd's nodes belong to the stream that they came about on."""
+    """A step as it is, on the stream that will record: workspaces and autograd's nodes belong to their first stream."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         out = step(batch)

@@ -10,7 +10,7 @@ def error_rate(predicted: Tensor, labels: Tensor) -> float:
 
 
 def nearest_neighbour(train: Tensor, train_labels: Tensor, test: Tensor, batch: int = 1000) -> Tensor:
-    """The label (n,) of each test point's nearest training point, by Euclidean distance. train: (m, ...), test: (n, ...)."""
+    """The label (n,) of each test point's nearest training point, Euclidean. train: (m, ...), test: (n, ...)."""
     train, test = train.flatten(1), test.flatten(1)
     return torch.cat([train_labels[torch.cdist(part, train).argmin(1)] for part in test.split(batch)])
 
@@ -22,35 +22,37 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet_distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """Fréchet distance between two Gaussians given by their moments (mean (d,), covariance (d, d)); on Inception features, FID.
+    """Fréchet distance of two Gaussians, given by mean (d,) and covariance (d, d). Of Inception features it is FID.
 
-    ‖m_1 - m_2‖² + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)) (Heusel et al. 2017, eq. 6). The trace of the root is the sum of the roots
-    of the eigenvalues of C_1^(1/2) C_2 C_1^(1/2), which is symmetric: no complex numbers, and singular covariances are no trouble.
+    ‖m_1 - m_2‖² + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)) (Heusel et al. 2017, eq. 6), at least 0. The trace of the root is
+    the sum of the roots of the eigenvalues of C_1^(1/2) C_2 C_1^(1/2). That matrix is symmetric, so no complex numbers
+    appear, and covariances may be singular.
     """
     (mean_1, cov_1), (mean_2, cov_2) = first, second
     values, vectors = torch.linalg.eigh(cov_1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_2 @ root).clamp(min=0).sqrt().sum()
-    return ((mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross).item()
+    return max(0.0, ((mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross).item())
 
 
 def contingency(clusters: Tensor, labels: Tensor, n_clusters: int, n_classes: int) -> Tensor:
     """How many points of each class fall into each cluster, (K, N), float64. clusters, labels: (n,)."""
-    return (clusters * n_classes + labels).bincount(minlength=n_clusters * n_classes).view(n_clusters, n_classes).double()
+    counts = (clusters * n_classes + labels).bincount(minlength=n_clusters * n_classes)
+    return counts.view(n_clusters, n_classes).double()
 
 
 def clustering_accuracy(table: Tensor) -> float:
-    """The share of points in the class that their cluster stands for, under the best permutation. table: (N, N) counts."""
+    """The share of points in the class that their cluster stands for, under the best permutation. table: (N, N)."""
     from scipy.optimize import linear_sum_assignment
 
     if table.shape[0] != table.shape[1]:
-        raise ValueError(f"as many clusters as classes are needed for a permutation, found {table.shape[0]} and {table.shape[1]}")
+        raise ValueError(f"a permutation needs as many clusters as classes, found {tuple(table.shape)}")
     rows, columns = linear_sum_assignment(table.numpy(), maximize=True)
     return (table[rows, columns].sum() / table.sum()).item()
 
 
 def normalised_mutual_information(table: Tensor) -> float:
-    """I(cluster, class) / √(H(cluster) H(class)), the geometric mean; 0 where either is constant. table: (K, N) counts."""
+    """I(cluster, class) / √(H(cluster) H(class)); 0 where either is constant. table: (K, N) counts."""
     joint = table / table.sum()
     clusters, classes = joint.sum(1), joint.sum(0)
 

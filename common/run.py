@@ -1,262 +1,217 @@
-"""A run on disk: config, command line, seeds, lock, exact resume, checked checkpoints, log, provenance.
+"""A run on disk: config, command line, exact resume, log, provenance.
 
-runs/<paper>/<experiment>/seed<k>/ holds config.yaml, log.csv (one row per epoch), samples/, checkpoint.pt and, after evaluation,
-eval.json and figures/. The checkpoint is the one truth about how far a run has come; the log is written anew from it.
+runs/<paper>/<experiment>/seed<k>/ holds config.yaml, log.csv (one row per epoch), samples/, checkpoint.pt and, after
+evaluation, eval.json and figures/. The checkpoint alone says how far a run has come; the log is written anew from it.
 """
 
 import argparse
 import csv
-import dataclasses
-import datetime
 import difflib
-import errno
-import fcntl
 import hashlib
 import importlib
 import io
 import json
 import os
-import pickle
 import platform
 import re
-import resource
 import signal
 import subprocess
 import sys
 import time
-import types
-import typing
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
+from typing import IO, Annotated, Any, Literal, NoReturn, get_args, get_origin
 
+import filelock
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-LOG_EVERY = 1.0  # seconds between two writings of log.csv, which takes as long as a short epoch on a GPU
-SAMPLE_EPOCHS = {1, 2, 5, 10, 20, 50, 100, 200, 300, 400, 500, 1000}  # a grid of samples after these, and after the last
+QUIET = 5.0  # seconds between two lines where the screen is no terminal, and between two writings of log.csv
+SAMPLED = {1, 2, 5, 10, 20, 50, 100, 200, 300, 400, 500, 1000}  # epochs after which samples are drawn; and the last
 
 
-class UserError(Exception):
-    """A mistake in usage, configuration or data: one line, exit code 2. A word of it that would fill the screen is cut."""
+class Ended(Exception):
+    """What ends a command: one line, which begins with `word`, and an exit code, 128 and the number after a signal."""
 
-    def __init__(self, message: str):
-        super().__init__(re.sub(r"(\S{80})\S{220,}", r"\1…", message))
+    code, word = 0, ""
 
-
-class RunFailed(Exception):
-    """A run that went wrong while it ran: one line, exit code 1."""
-
-
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM, after the checkpoint was saved. code: 130 or 143."""
-
-    def __init__(self, code: int, message: str):
-        super().__init__(message)
-        self.code = code
+    def __init__(self, message: str, code: int | None = None):
+        super().__init__(" ".join(message.split()))
+        self.code = code or self.code
 
 
-def exit_with(main: Callable[[], None]) -> typing.NoReturn:
+class RunFailed(Ended):  # while it ran
+    code, word = 1, "failed: "
+
+
+class UserError(Ended):  # a mistake in usage, configuration or data
+    code, word = 2, "error: "
+
+
+def exit_with(main: Callable[[], None]) -> NoReturn:
     """Call `main` and leave with the exit code and the one line that its outcome deserves."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # as after 2>&-
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no α shows ? in its place
+        stream.reconfigure(errors="replace")
+    code, line = 0, ""
     try:
         main()
-        code, line = 0, None
-    except UserError as error:
-        code, line = 2, f"error: {error}"
-    except RunFailed as error:
-        code, line = 1, f"failed: {error}"
-    except Stopped as stop:
-        code, line = stop.code, str(stop)
+    except Ended as end:
+        code, line = end.code, f"{end.word}{end}"
     except KeyboardInterrupt:
         code, line = 130, "interrupted"
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code, line = 141, None
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except OSError as error:  # a full disk, a folder of another person; errors of networks have no file name
+        if error.filename is None:
             raise
-        code, line = 1, f"failed: not enough memory ({' '.join(str(error).split())[:100]}); what was saved before is intact"
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO):
-            raise
-        code, line = 1, f"failed: {error.filename or 'a file'}: {error.strerror}; what was saved before is intact"
+        code, line = 1, f"failed: {error.filename}: {error.strerror}; what was saved before is intact"
     if line:
         print(line, file=sys.stderr)
     sys.exit(code)
 
 
-# ---------------------------------------------------------------------------------------------------------- randomness
-
-
 def generator(seed: int, *stream: object, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator of its own for one purpose, e.g. generator(seed, "order", epoch): nothing to save, nothing to replay."""
+    """A generator for one purpose, as generator(seed, "order", epoch): nothing to save, nothing to replay."""
     digest = hashlib.sha256(repr((seed, *stream)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-# ------------------------------------------------------------------------------------------------------- configuration
+# ---------------------------------------------------------------------------------------- configuration, command line
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a number in a config may be; stands in the type, as in Annotated[int, Range(1)]."""
+    """The numbers that a field of a config may be, as in Annotated[int, Range(1)]."""
 
     low: float
-    open_low: bool = False
+    above: bool = False  # above `low`, or at least `low`
     below: float = float("inf")
 
     def __contains__(self, value: float) -> bool:
-        return (value > self.low if self.open_low else value >= self.low) and value < self.below
+        return self.low <= value < self.below and not (self.above and value == self.low)
 
     def __str__(self) -> str:
-        return f"{'>' if self.open_low else '>='} {self.low:g}" + (f" and below {self.below:g}" if self.below < float("inf") else "")
+        return f"{'>' if self.above else '>='} {self.low:g}" + f" and < {self.below:g}" * (self.below < float("inf"))
 
 
-Count = typing.Annotated[int, Range(1)]
-Positive = typing.Annotated[float, Range(0, open_low=True)]
-NonNegative = typing.Annotated[float, Range(0)]
-Decay = typing.Annotated[float, Range(0, below=1)]
+Count = Annotated[int, Range(1)]
+Positive = Annotated[float, Range(0, above=True)]
+NonNegative = Annotated[float, Range(0)]
+Decay = Annotated[float, Range(0, below=1)]
 
 
-def plain_type(annotation: object) -> tuple[object, Range | None, bool]:
-    """An annotation taken apart: int, float, bool, str or a Literal; the range; whether None is allowed."""
-    optional = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    if optional:
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    if typing.get_origin(annotation) is typing.Annotated:
-        return *typing.get_args(annotation), optional
-    return annotation, None, optional
-
-
-def check_value(name: str, value: object, annotation: object) -> object:
-    """`value`, if it is what the field's annotation asks for. Raises UserError naming what is allowed."""
-    wanted, allowed, optional = plain_type(annotation)
-    if value is None and optional:
-        return None
-    if typing.get_origin(wanted) is typing.Literal:
-        if isinstance(value, str) and value in typing.get_args(wanted):
-            return value
-        raise UserError(f"{name}: {value!r} is not one of {', '.join(typing.get_args(wanted))}")
-    if wanted is float and type(value) is int:
-        value = float(value)
-    if type(value) is not wanted:
-        hint = " (write 3.0e-4, not 3e-4: YAML reads the latter as text)" if wanted is float and isinstance(value, str) else ""
-        raise UserError(f"{name}: expected {wanted.__name__}, found {value!r}{hint}")
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        raise UserError(f"{name}: {value} is not a finite number")
-    if allowed is not None and value not in allowed:
-        raise UserError(f"{name}: {value!r} is out of range; allowed: {allowed}")
-    return value
-
-
-def parse_flag(name: str, text: str, annotation: object) -> object:
-    """The text of a flag as the value its field wants."""
-    flag = f"--{name.replace('_', '-')}"
-    wanted, _, optional = plain_type(annotation)
-    if optional and text.lower() in ("none", "null"):
-        return None
-    value: object = text
+def check_value(name: str, value: object, annotation: Any) -> object:
+    """`value`, from YAML or a flag's text, as the annotation asks for it. Raises UserError naming what is allowed."""
+    parts = get_args(annotation)
+    if type(None) in parts:  # Count | None
+        return None if str(value).lower() in ("none", "null") else check_value(name, value, parts[0])
+    if get_origin(annotation) is Literal:
+        if value not in parts:
+            raise UserError(f"{name}: {value!r} is not one of {', '.join(parts)}")
+        return value
+    kind, *ranges = parts or [annotation]  # Annotated[int, Range(1)], or int
+    if kind is Path:
+        return as_path(value)
     try:
-        if wanted is bool:
-            value = {"true": True, "false": False}[text.lower()]
-        elif wanted in (int, float):
-            value = wanted(text)
-    except (KeyError, ValueError):
-        raise UserError(f"{flag}: expected {'true or false' if wanted is bool else wanted.__name__}, found {text!r}") from None
-    return check_value(flag, value, annotation)
+        found = {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
+        if not isinstance(value, str) and (found != value or isinstance(value, bool) != (kind is bool)):
+            raise ValueError
+    except (KeyError, ValueError, TypeError, OverflowError):
+        expected = "true or false" if kind is bool else kind.__name__
+        raise UserError(f"{name}: expected {expected}, found {value!r}") from None
+    if ranges and found not in ranges[0]:
+        raise UserError(f"{name}: {found!r} is out of range; allowed: {ranges[0]}")
+    return found
 
 
-def nearest(word: str, known: typing.Iterable[str]) -> str:
+def as_path(text: str) -> Path:
+    """A path from the command line; ~ is the home folder also where the shell leaves it alone: make DATA=~/data."""
+    return Path(os.path.expanduser(text))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
     """'; did you mean …?' for the closest of `known`, or the list of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
 
 
-def make_config(cls: type, values: dict, where: str) -> typing.Any:
+def make_config(cls: type, values: dict, where: str) -> Any:
     """The frozen dataclass `cls` from a flat mapping, every key and value checked. where: the file, for the message."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for key in values:
-        if key not in hints:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), hints)}")
+    types = {field.name: field.type for field in fields(cls)}
     try:
-        return cls(**{key: check_value(key, value, hints[key]) for key, value in values.items()})
+        for key in values:
+            if key not in types:
+                raise UserError(f"unknown key {key!r}{nearest(str(key), types)}")
+        return cls(**{key: check_value(key, value, types[key]) for key, value in values.items()})
     except (UserError, ValueError) as error:  # a ValueError is the Config's own, on fields that do not fit together
         raise UserError(f"{where}: {error}") from None
 
 
 def read_yaml(path: Path) -> dict:
-    """A flat YAML mapping, loaded safely. Raises UserError where it is missing, malformed or not a mapping."""
+    """A flat YAML mapping. Raises UserError where it cannot be read, is no mapping, or misleads."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:150]})") from None
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error)[:150]})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, found {type(values).__name__}")
+    keys = re.findall(r"^([^\s#:]+):", text, re.M)
+    if twice := [key for key in keys if keys.count(key) > 1]:  # YAML takes the last
+        raise UserError(f"{path}: {twice[0]} stands there {len(twice)} times; keep one")
+    if octal := re.search(r"^(\w+): +[-+]?0\d+ *(#.*)?$", text, re.M):  # YAML reads 010 as 8
+        raise UserError(f"{path}: {octal[1]}: a number must not begin with 0")
     return values
 
 
-def experiments(paper: str) -> list[str]:
-    """The names of a paper's experiments: its configs/*.yaml."""
-    return sorted(path.stem for path in (ROOT / paper / "configs").glob("*.yaml"))
+def module_of(paper: str, experiment: str) -> str:
+    """The module that trains an experiment: mnist-m1m2 is m1m2.py's, where there is that file; else train.py."""
+    dataset, _, last = experiment.rpartition("-")
+    return last if dataset and (ROOT / paper / f"{last}.py").exists() else "train"
+
+
+def experiments(paper: str, module: str | None = None) -> list[str]:
+    """The names of a paper's experiments, its configs/*.yaml; or those of one module."""
+    names = sorted(path.stem for path in (ROOT / paper / "configs").glob("*.yaml"))
+    return [name for name in names if module in (None, module_of(paper, name))]
 
 
 def check_experiment(paper: str, experiment: str) -> None:
-    """Raise UserError, naming the nearest and all, where the paper has no such experiment."""
-    known = experiments(paper)
-    if experiment not in known:
-        close = difflib.get_close_matches(experiment, known, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"unknown experiment {experiment!r}; {hint}the experiments are {', '.join(known)}")
-
-
-def module_of(paper: str, values: dict) -> types.ModuleType:
-    """The module that defines a config's Config, networks and training step: the file that its key `module` names, or train.py."""
-    name = values.get("module", "train")
-    if not (isinstance(name, str) and name.isidentifier() and (ROOT / paper / f"{name}.py").exists()):
-        raise UserError(f"module: {paper} has no file {name!r}.py")
-    return importlib.import_module(f"{paper}.{name}")
+    """Raise UserError where the paper has no such experiment."""
+    if experiment not in (known := experiments(paper)):
+        raise UserError(f"unknown experiment {experiment!r}{nearest(experiment, known)}")
 
 
 def config_class(paper: str, experiment: str) -> type:
     """The Config of an experiment."""
-    return module_of(paper, read_yaml(ROOT / paper / "configs" / f"{experiment}.yaml")).Config
+    return importlib.import_module(f"{paper}.{module_of(paper, experiment)}").Config
 
 
-def experiment_config(paper: str, experiment: str, overrides: dict | None = None) -> typing.Any:
+def experiment_config(paper: str, experiment: str, overrides: dict | None = None) -> Any:
     """The config of an experiment, with overrides from the command line."""
     check_experiment(paper, experiment)
-    path = ROOT / paper / "configs" / f"{experiment}.yaml"
-    cls = config_class(paper, experiment)
-    config = make_config(cls, read_yaml(path), str(path.relative_to(ROOT)))
-    return make_config(cls, {**dataclasses.asdict(config), **(overrides or {})}, "command line")
+    values = read_yaml(ROOT / paper / "configs" / f"{experiment}.yaml")
+    return make_config(config_class(paper, experiment), values | (overrides or {}), f"{paper} {experiment}")
 
 
-def config_hash(config: typing.Any) -> str:
-    """12 hex digits over the fields that differ from their defaults, so that a new switch does not disown old runs.
-
-    The number of epochs is left out: it may grow, and a result states it by itself. So are the fields of `without_influence`.
-    """
-    differing = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name not in without_influence(config) and getattr(config, field.name) != field.default
-    }
+def config_hash(config: Any) -> str:
+    """12 hex digits over the fields, epochs aside, that differ from their defaults: a new switch disowns no old run."""
+    kept = {field.name: field.default for field in fields(config) if field.name != "epochs"}
+    differing = {name: value for name, default in kept.items() if (value := getattr(config, name)) != default}
     return hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def without_influence(config: typing.Any) -> set[str]:
-    """The fields in which two runs of one experiment may differ: epochs, and what the config's class names in NO_INFLUENCE."""
-    return {"epochs", *getattr(config, "NO_INFLUENCE", ())}
-
-
-# -------------------------------------------------------------------------------------------------------- command line
+def option(default: object, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -264,29 +219,21 @@ class Options:
     """Where and how a run is made: provenance, not configuration."""
 
     experiment: str
-    seed: int = 0
-    data: Path = Path("data")
-    runs: Path = Path("runs")
-    device: str = "auto"
-    threads: int = 0
-    unofficial_data: bool = False
-    inception: Path | None = None
-    precision: str = "fp32"
-    save_every: float = 60.0
-    deterministic: bool = False
-    graph: bool = False
-    describe: bool = False
-    json: bool = False
+    seed: Annotated[int, Range(0, below=2**63)] = option(0, "fixes everything that is random")
+    data: Path = option(Path("data"), "folder that holds MNIST/, FashionMNIST/ …")
+    runs: Path = option(Path("runs"), "folder under which runs are kept")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    threads: Annotated[int, Range(0)] = option(0, "CPU threads; 0: all cores")
+    unofficial_data: bool = option(False, "read data whose digest is not the official one")
+    inception: Path | None = option(None, "the Inception weights, where scores need them; else torch's hub folder")
+    precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast, on CPU and GPU")
+    save_every: NonNegative = option(60.0, "seconds between checkpoints")
+    deterministic: bool = option(False, "bit-identical repeats on a GPU too, slower")
+    graph: bool = option(False, "on a GPU, record a training step once and replay it")
+    describe: bool = option(False, "print what would be trained, and stop")
+    json: bool = option(False, "with --describe: for programs")
 
-    def __post_init__(self):
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed: {self.seed} is out of range; allowed: 0 … 2^63 - 1")
-        if self.threads < 0:
-            raise UserError(f"--threads: {self.threads} is out of range; allowed: >= 0")
-        if not 0 <= self.save_every < float("inf"):
-            raise UserError(f"--save-every: {self.save_every} is out of range; allowed: >= 0")
-        if self.json and not self.describe:
-            raise UserError("--json: goes with --describe")
+    TRAINING = ("precision", "save_every", "deterministic", "graph", "describe", "json")  # not of an evaluation
 
     def folder(self, paper: str) -> Path:
         return self.runs / paper / self.experiment / f"seed{self.seed}"
@@ -295,87 +242,79 @@ class Options:
 class Parser(argparse.ArgumentParser):
     """argparse that answers a mistake with one line and the nearest valid name."""
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
-
-    def error(self, message: str) -> typing.NoReturn:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
     def parse_all(self, argv: list[str] | None) -> argparse.Namespace:
-        argv = sys.argv[1:] if argv is None else argv
-        # --grad_clip_norm is --grad-clip-norm: both the YAML key and the usual spelling are right.
+        argv = sys.argv[1:] if argv is None else argv  # --grad_clip_norm is --grad-clip-norm: both spellings are right
         argv = [a.replace("_", "-", a.partition("=")[0].count("_")) if a.startswith("--") else a for a in argv]
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
-            flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-            hint = nearest(unknown[0].split("=")[0], flags) if unknown[0].startswith("-") else ""
-            raise UserError(f"unknown argument {unknown[0]!r}{hint}")
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            raise UserError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].partition('=')[0], flags)}")
         return namespace
 
 
-def parse(paper: str, argv: list[str] | None = None) -> tuple[typing.Any, Options]:
-    """The command line of `python -m <paper>.train`: config and options. Every field of the experiment's config is a flag."""
-    parser = Parser(prog=f"python -m {paper}.train")
-    add_options(parser, paper)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, on CPU and GPU")
-    parser.add_argument("--save-every", type=float, default=60.0, help="seconds between checkpoints")
-    parser.add_argument("--deterministic", action="store_true", help="bit-identical repeats on a GPU too, slower")
-    parser.add_argument("--graph", action="store_true", help="on a GPU, record a training step once and replay it")
-    parser.add_argument("--describe", action="store_true", help="print what would be trained, and stop")
-    parser.add_argument("--json", action="store_true", help="with --describe: for programs")
-    fields = parser.add_argument_group("fields of the config; default: the experiment's")
-    # Which config it is stands in the experiment's file: so first the flags of all of them, then those of the one that is asked for.
-    hints = {name: typing.get_type_hints(config_class(paper, name), include_extras=True) for name in experiments(paper)}
-    for name in dict.fromkeys(name for fields_of_one in hints.values() for name in fields_of_one):
-        fields.add_argument(f"--{name.replace('_', '-')}", dest=f"field_{name}", default=argparse.SUPPRESS, metavar="VALUE")
-    namespace = parser.parse_all(argv)
-    check_experiment(paper, namespace.experiment)
-    known = hints[namespace.experiment]
-    overrides = {}
-    for key in [key for key in vars(namespace) if key.startswith("field_")]:
-        name, text = key.removeprefix("field_"), vars(namespace).pop(key)
-        if name not in known:
-            raise UserError(f"--{name.replace('_', '-')}: {namespace.experiment} has no such value{nearest(name, known)}")
-        overrides[name] = parse_flag(name, text, known[name])
-    return experiment_config(paper, namespace.experiment, overrides), Options(**vars(namespace))
+def parse(program: str, cls: type | None, argv: list[str] | None = None) -> tuple[Any, Options]:
+    """Config and options from the command line of `python -m <program>`, as segma.train. cls: the Config that it
+    trains, each field of which is a flag; None for an evaluation, which has no config."""
+    paper, _, module = program.partition(".")
+    names = experiments(paper, module if cls else None)
+    parser = Parser(prog=f"python -m {program}", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("experiment", help=f"one of: {', '.join(names)}")
+    group = parser.add_argument_group("fields of the config; default: the experiment's")
+    own = [f for f in fields(Options)[1:] if cls or f.name not in Options.TRAINING]
+    for f in [*own, *(fields(cls) if cls else ())]:
+        flag, text = f"--{f.name.replace('_', '-')}", f.metadata.get("help")
+        if text and f.type is bool:
+            parser.add_argument(flag, help=text, action="store_true")
+        else:
+            check = partial(check_value, flag, annotation=f.type)
+            (parser if text else group).add_argument(flag, help=text, metavar="VALUE", type=check)
+    values = vars(parser.parse_all(argv))
+    asked = values["experiment"]
+    if cls and f"{asked}-{module}" in names:  # python -m segma.m1m2 mnist
+        values["experiment"] = f"{asked}-{module}"
+    elif asked not in names:
+        check_experiment(paper, asked)
+        raise UserError(f"{asked} is trained by python -m {paper}.{module_of(paper, asked)}, not by {program}")
+    options = Options(**{f.name: values.pop(f.name) for f in fields(Options) if f.name in values})
+    return experiment_config(paper, options.experiment, values) if cls else None, options
 
 
-def add_options(parser: argparse.ArgumentParser, paper: str) -> None:
-    """What train and eval both take."""
-    parser.add_argument("experiment", help=f"one of: {', '.join(experiments(paper))}")
-    parser.add_argument("--seed", type=int, default=0, help="fixes everything that is random")
-    parser.add_argument("--data", type=as_path, default=Path("data"), help="folder that holds MNIST/, FashionMNIST/ …")
-    parser.add_argument("--runs", type=as_path, default=Path("runs"), help="folder under which runs are kept")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
-    parser.add_argument("--inception", type=as_path, help="the Inception weights, where scores need them; default: torch's hub folder")
-    parser.add_argument("--unofficial-data", action="store_true", help="read data whose digest is not the official one")
-
-
-def as_path(text: str) -> Path:
-    """A path from the command line; ~ is the home folder also where the shell leaves it alone, as in make DATA=~/data."""
-    return Path(text).expanduser()
-
-
-# --------------------------------------------------------------------------------------------------- machine, provenance
+def start(program: str, cls: type, train: Callable, argv: list[str] | None = None) -> None:
+    """The command `python -m <program>`: train(config, options), or `--describe`. cls: its Config."""
+    config, options = parse(program, cls, argv)
+    if not options.describe:
+        train(config, options)
+        return
+    model = config.build()
+    named = [*model.named_children(), ("total", model)]
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in named}
+    if options.json:
+        total = sizes.pop("total")
+        layers = {n: [repr(x) for x in m.modules() if not list(x.children())] for n, m in model.named_children()}
+        networks = {name: {"parameters": size, "layers": layers[name]} for name, size in sizes.items()}
+        print(json.dumps({"networks": networks, "parameters": total, "config": asdict(config)}, indent=1))
+    else:
+        print(model, *(f"{name}: {size:,} parameters" for name, size in sizes.items()), sep="\n")
+        print(yaml.safe_dump(asdict(config), sort_keys=False))
 
 
 def set_up(options: Options) -> torch.device:
     """Threads, device and the published arithmetic (fp32, TF32 off). Raises UserError where the device is not there."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    try:
-        device = torch.device(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError:
-        raise UserError(f"--device: {options.device!r} is not one of auto, cpu, cuda, cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device: {options.device!r} is not one of auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise UserError(f"--device: {options.device} asked for, but this machine has {found} CUDA devices. Use --device cpu")
+    gpus = torch.cuda.device_count()
+    name = options.device if options.device != "auto" else "cuda" if gpus else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device: {name!r} is not one of auto, cpu, cuda, cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UserError(f"--device: {name} asked for, but this machine has {gpus} CUDA devices. Use --device cpu")
     if options.graph and device.type != "cuda":
         raise UserError(f"--graph: it replays CUDA graphs, and the device is {device.type}. Leave it out")
-    if device.type == "cuda" and device.index:
+    if device.index:
         torch.cuda.set_device(device)  # streams and recordings are the current device's
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if options.deterministic:
@@ -385,15 +324,13 @@ def set_up(options: Options) -> torch.device:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """The commit of this repository and whether tracked or new files differ from it; (None, None) outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
+    """The commit of this repository, and whether its code or configs differ from it; what `make results` writes is not
+    code, so a run may go on while results are collected. (None, None) where git does not say."""
+    git = ["git", "--git-dir=.git"]  # of ROOT itself, not of a repository around it
+    status = [*git, "status", "--porcelain", "--", ".", ":!*/results/*", ":!*/figures/*", ":!*.md"]
+    read = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
-            return None, None
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        return read([*git, "rev-parse", "HEAD"]).stdout.strip(), bool(read(status).stdout)
     except (OSError, subprocess.SubprocessError):
         return None, None
 
@@ -401,36 +338,37 @@ def git_state() -> tuple[str | None, bool | None]:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    cpu = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: *(.*\S)", cpu.read_text(), re.M) if cpu.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def session(device: torch.device) -> dict:
     """Which code runs from now on, on what. A run that was resumed has several."""
     commit, dirty = git_state()
-    return {
-        "git_commit": commit,
-        "git_dirty": dirty,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
+    versions = {"torch": str(torch.__version__), "python": platform.python_version()}
+    machine = {"device": device_name(device), "threads": torch.get_num_threads()}
+    date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    return {"git_commit": commit, "git_dirty": dirty, **versions, **machine, "date": date}
 
 
-# ------------------------------------------------------------------------------------------------------- files, safely
+def provenance(state: dict) -> dict:
+    """Where the weights in a checkpoint come from. What differed between the sessions of a resumed run is a list."""
+    sessions = state["sessions"]
+    facts = {key: list(dict.fromkeys(s[key] for s in sessions)) for key in sessions[-1]}
+    weights = (value.contiguous().numpy().tobytes() for _, value in sorted(state["weights"].items()))
+    origin = {key: values if len(values) > 1 else values[0] for key, values in facts.items()}
+    origin |= {"git_commit": sessions[-1]["git_commit"], "git_commits": facts["git_commit"]}
+    origin["git_dirty"] = any(dirty is not False for dirty in facts["git_dirty"])
+    origin |= {key: value for key, value in state["identity"].items() if key not in ("paper", "experiment", "seed")}
+    origin |= {"training_seconds": round(state["seconds"], 1), "epochs": state["epoch"]}
+    origin["steps_beyond"] = state["step"]  # of an epoch that was not finished
+    return origin | {"weights": hashlib.sha256(b"".join(weights)).hexdigest()[:16]}
 
 
 @contextmanager
-def atomic(path: Path, mode: str = "w", keep_previous: bool = False) -> Iterator[typing.IO]:
-    """Write a file whole or not at all: a temporary file in the same folder, fsynced, then renamed.
-
-    keep_previous: the file that stood there becomes <name>.previous.<suffix>, once the new one is safe on disk.
-    """
+def atomic(path: Path, mode: str = "w") -> Iterator[IO]:
+    """Write a file whole or not at all: a temporary file in the same folder, fsynced, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -438,198 +376,142 @@ def atomic(path: Path, mode: str = "w", keep_previous: bool = False) -> Iterator
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if keep_previous and path.exists():
-            os.replace(path, previous(path))
         os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # a rename survives a power cut once its folder has been synced
+        os.fsync(folder)
+        os.close(folder)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
         raise
-    fsync_folder(path.parent)
 
 
 @contextmanager
 def locked(path: Path, waiting: str) -> Iterator[None]:
-    """One process at a time: of two that hold the same lock file the second says `waiting`, and waits. Its folder must be there."""
-    with open(path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(waiting, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def fsync_folder(folder: Path) -> None:
-    """A rename survives a power cut only once its folder has been synced."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """One process at a time: of two that hold the same lock file the second prints `waiting`, and waits."""
+    lock = filelock.FileLock(path)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        held = lock.acquire(blocking=False)
+    except filelock.Timeout:
+        print(waiting, flush=True)
+        held = lock.acquire()
+    with held:
+        yield
 
 
 def write_json(path: Path, value: object) -> None:
     with atomic(path) as file:
-        json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
+        file.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """`torch.save`, whole or not at all, with a checksum; the file it replaces becomes <name>.previous.pt."""
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # torch.save on a full disk raises anything but an OSError
     torch.save(state, buffer)
-    # The SHA-256 stands in the zip file's own comment field, so that plain torch.load still opens the file.
-    payload = buffer.getvalue()[:-2] + (64).to_bytes(2, "little")
-    with atomic(path, "wb", keep_previous=True) as file:
-        file.write(payload)
-        file.write(hashlib.sha256(payload).hexdigest().encode())
-
-
-def previous(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.previous{path.suffix}")
+    with atomic(path, "wb") as file:
+        file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict | None:
-    """The state in `path`, on the CPU, or in the one before it where it is damaged (said aloud); None where there is neither.
-
-    A damaged file is set aside as <name>.damaged.pt. Raises UserError where a file cannot be read, or none is whole.
-    Loads tensors and plain values only: no code is run.
-    """
-    damaged = []
-    for candidate in (path, previous(path)):
-        try:
-            content = candidate.read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise UserError(f"{candidate}: cannot be read ({error.strerror})") from None
-        try:
-            if hashlib.sha256(content[:-64]).hexdigest().encode() != content[-64:]:
-                raise pickle.UnpicklingError(f"{len(content):,} bytes whose checksum does not match")
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            damaged.append(f"{candidate}: damaged ({str(error).splitlines()[0][:100]})")
-            continue
-        if damaged:
-            aside = path.with_name(f"{path.stem}.damaged{path.suffix}")  # else the next save would make it the previous one
-            os.replace(path, aside)
-            print(f"{damaged[0]}, set aside as {aside.name}; going on from the one before it, {candidate.name}", file=sys.stderr)
-        return state
-    if damaged:
-        raise UserError(f"{'; '.join(damaged)}. Nothing to resume from: delete the folder {path.parent} to train anew")
-    return None
+    """The state in `path`, on the CPU; None where there is none. Raises UserError where the file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load alone reads most flipped bits as other numbers
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
+        return torch.load(path, map_location="cpu", weights_only=True)  # runs no code that is in the file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception as error:  # of a damaged zip file nearly anything is raised
+        raise UserError(f"{path}: damaged ({str(error)[:150]}). Delete it to begin anew") from None
 
 
 # --------------------------------------------------------------------------------------------------------------- a run
 
 
 class Run:
-    """One run on disk, open for training: its position, its log, its checkpoints.
+    """One run on disk, open for training: its position, its log, its checkpoint. segma/train.py shows the loop."""
 
-    with Run(…) as r:
-        r.resume(networks, optimizers, steps_per_epoch)
-        while r.epoch < config.epochs:
-            while r.step < steps_per_epoch:
-                r.after_step(train_step(…))
-            r.after_epoch()
-        r.finish()
-    """
+    SAVED = ("identity", "epoch", "step", "total_steps", "rows", "names", "sums", "seconds", "sessions")
 
-    def __init__(self, paper: str, config: typing.Any, options: Options, data: dict, device: torch.device):
+    def __init__(self, paper: str, config: Any, options: Options, data: dict, device: torch.device):
         self.folder, self.config, self.options, self.device = options.folder(paper), config, options, device
-        self.identity = {"paper": paper, "experiment": options.experiment, "seed": options.seed, "precision": options.precision, **data}
-        self.epoch = self.step = self.total_steps = 0
-        self.rows: list[dict] = []
-        self.sessions: list[dict] = []
-        self.names: list[str] = []  # of the losses
+        self.path = self.folder / "checkpoint.pt"
+        self.identity = {"paper": paper, "experiment": options.experiment, "seed": options.seed}
+        self.identity |= {"precision": options.precision, **data}
+        self.epoch = self.step = self.total_steps = self.signal = 0
+        self.rows, self.sessions, self.names = [], [], []  # of the log, of the machine, of the losses
         self.sums: Tensor | None = None  # of the losses since the epoch began, on the device
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # the first step that was not finite
-        self.bad: Tensor | None = None  # and which of its values
-        self.seconds = 0.0  # of training, all sessions together
-        self.signal = 0
+        self.seconds = self.printed_at = self.logged_at = 0.0  # of training, all sessions together
 
     def __enter__(self) -> "Run":
+        self.lock = filelock.FileLock(self.folder / ".lock")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / ".lock", "w")
+            self.lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise UserError(f"{self.folder}: another process trains this run; wait, or use another --runs") from None
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written ({error.strerror}). Name another place with --runs") from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.lock.close()
-            raise UserError(f"{self.folder}: another process is training this run; wait, or choose another --seed or --runs") from None
-        for name in ("checkpoint", "log", "config"):  # of a process that was killed while it wrote
-            for part in self.folder.glob(f".{name}*.part"):
-                part.unlink()
+            raise UserError(f"{self.folder}: cannot be written ({error.strerror}); name another --runs") from None
+        for part in self.folder.rglob(".*.part"):  # of a process that was killed while it wrote
+            part.unlink()
         self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(unit="step", disable=None, mininterval=0.5)  # elsewhere than on a terminal lines are printed
         return self
 
     def __exit__(self, *_: object) -> None:
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
-        if hasattr(self, "bar"):
-            self.bar.close()
-        self.lock.close()
+        self.bar.close()
+        self.lock.release()
 
     def _on_signal(self, number: int, _: object) -> None:
         self.signal = number
 
-    @property
-    def path(self) -> Path:
-        return self.folder / "checkpoint.pt"
-
-    def resume(self, networks: dict[str, torch.nn.Module], optimizers: dict[str, torch.optim.Optimizer], steps: int) -> None:
-        """Take up the run where its checkpoint left it, if there is one, and say so. steps: in an epoch, for the progress bar.
-
-        Raises UserError where the folder holds a run of another config, seed, precision or data.
-        """
-        self.networks, self.optimizers = networks, optimizers
-        state = load_checkpoint(self.path)
-        if state is not None:
+    def resume(self, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], steps: int) -> None:
+        """Take up the run where its checkpoint left it, if there is one, and say so. steps: in an epoch.
+        Raises UserError where the folder holds a run of another config, seed, precision or data."""
+        self.model, self.optimizers, self.steps, self.saved_position, position = model, optimizers, steps, None, ""
+        self.started = self.epoch_started = self.saved_at = time.monotonic()
+        if state := load_checkpoint(self.path):
             self._refuse_other(state)
-            for name, module in networks.items():
-                module.load_state_dict(state["networks"][name])
+            load_weights(model, state, self.folder)
             for name, optimizer in optimizers.items():
                 optimizer.load_state_dict(state["optimizers"][name])
-            self.epoch, self.step, self.total_steps = state["epoch"], state["step"], state["total_steps"]
-            self.rows, self.seconds, self.sessions = state["rows"], state["seconds"], state["sessions"]
-            self.sums = None if state["sums"] is None else state["sums"].to(self.device)
-            # The first reference runs' checkpoints are older than the key "names".
-            self.names = state["names"] if "names" in state else list(self.rows[-1])[1:6]
-            if self.epoch >= self.config.epochs:
-                print(f"{self.folder}: complete, {self.epoch} epochs done")
-            else:
-                print(f"{self.folder}: resuming at epoch {self.epoch + 1} of {self.config.epochs}, step {self.step}", flush=True)
+            vars(self).update({name: state[name] for name in self.SAVED})
+            self.sums = None if self.sums is None else self.sums.to(self.device)
+            self.saved_position = (self.epoch, self.step)
+            self.started -= self.seconds
+            self.epoch_started -= state["epoch_seconds"]
+            position = f", from epoch {self.epoch + 1}, step {self.step} on"
         self.sessions.append(session(self.device))
-        self.started = self.saved_at = time.monotonic()
-        self.saved_position = (self.epoch, self.step) if state else None
-        self.seconds_before = self.seconds
-        self.epoch_started = self.started - (state["epoch_seconds"] if state else 0.0)
         with atomic(self.folder / "config.yaml") as file:
-            file.write(f"# {self.identity['paper']} {self.options.experiment}, seed {self.options.seed}: as resolved\n")
-            yaml.safe_dump(dataclasses.asdict(self.config), file, sort_keys=False)
+            yaml.safe_dump(asdict(self.config), file, sort_keys=False)
         self._write_log()
-        if self.epoch < self.config.epochs:
-            print(f"{self.folder}: {steps} steps an epoch on {self.sessions[-1]['device']}, {self.options.precision}", flush=True)
-        # On a terminal one bar with the time left; elsewhere one line per epoch.
-        quiet = not sys.stderr.isatty()
-        self.bar = tqdm(total=self.config.epochs * steps, initial=self.total_steps, unit="step", disable=quiet, mininterval=0.5)
+        epochs, where = self.config.epochs, f"{self.sessions[-1]['device']}, {self.options.precision}"
+        if self.epoch >= epochs:
+            print(f"{self.folder}: complete, {self.epoch} epochs done")
+            return
+        print(f"{self.folder}: {epochs} epochs of {steps} steps{position}, on {where}", flush=True)
+        if any(s["git_dirty"] is not False for s in self.sessions):
+            print("no reference result: the checkout has changes, or git does not say (try `git status`)", flush=True)
+        elif not self.identity["data_official"]:
+            print("no reference result: the data are not the official ones", flush=True)
+        self.bar.reset(total=epochs * steps)
+        self.bar.update(self.total_steps)
 
     def _refuse_other(self, state: dict) -> None:
-        ours = {**self.identity, **dataclasses.asdict(self.config)}
-        # A field added to Config since has the default that leaves old runs as they were.
-        defaults = {f.name: f.default for f in dataclasses.fields(self.config)}
-        theirs = {**defaults, **state["identity"], **state["config"]}
-        free = without_influence(self.config)
-        differing = [f"{k}: {theirs.get(k)!r} there, {v!r} asked for" for k, v in ours.items() if k not in free and theirs.get(k) != v]
-        if differing:
-            raise UserError(f"{self.folder} holds a run made otherwise ({'; '.join(differing)}). Ask for the same, or use another --runs")
+        added = {field.name: field.default for field in fields(self.config)}  # the default of a field added since
+        ours, theirs = self.identity | asdict(self.config), added | state["identity"] | state["config"]
+        wrong = [f"{key}: a field unknown here" for key in state["config"] if key not in added]
+        differing = [key for key in ours if key != "epochs" and theirs.get(key) != ours[key]]
+        wrong += [f"{key}: {theirs.get(key)!r} there, {ours[key]!r} asked for" for key in differing]
         if state["epoch"] + (state["step"] > 0) > self.config.epochs:
-            done = f"{state['epoch']} epochs{' and a part' if state['step'] else ''} are done already"
-            raise UserError(f"{self.folder}: {done}, {self.config.epochs} asked for; epochs can only grow. Use another --runs")
+            wrong.append(f"{state['epoch']} epochs are done, {self.config.epochs} asked for; they can only grow")
+        if wrong:
+            raise UserError(f"{self.folder} holds a run made otherwise ({'; '.join(wrong)}). Use another --runs")
 
     def after_step(self, losses: dict[str, Tensor]) -> None:
         """Count a step: add up its losses (scalars, on the device), save if it is time, stop if asked to."""
@@ -639,220 +521,115 @@ class Run:
         self.step += 1
         self.total_steps += 1
         self.bar.update()
-        bad = ~torch.isfinite(values)
-        first = bad.any() & (self.first_bad < 0)
-        self.bad = bad if self.bad is None else torch.where(first, bad, self.bad)
+        first = ~torch.isfinite(values).all() & (self.first_bad < 0)
         self.first_bad = torch.where(first, self.total_steps, self.first_bad)
         if self.signal or time.monotonic() - self.saved_at > self.options.save_every:
             self.save()
+        elif self.step == self.steps:  # before the epoch is evaluated
+            self._check_finite()
 
     def after_epoch(self, **more: float) -> None:
         """Close an epoch: the means of its losses, `more` and its seconds become a row of log.csv."""
         self._check_finite()
-        means = dict(zip(self.names, (self.sums / self.step).tolist(), strict=True))
-        now = time.monotonic()
-        self.rows.append({"epoch": self.epoch + 1, **means, **more, "seconds": round(now - self.epoch_started, 3)})
-        self.epoch_started = now
-        self.epoch, self.step, self.sums, self.bad = self.epoch + 1, 0, None, None  # the next may have other losses: M1, then M2
-        if self.epoch == 1 or now - self.logged_at > LOG_EVERY:
+        means, now = dict(zip(self.names, (self.sums / self.step).tolist(), strict=True)), time.monotonic()
+        row = {**means, **more, "seconds": round(now - self.epoch_started, 3)}
+        self.epoch, self.step, self.sums, self.epoch_started = self.epoch + 1, 0, None, now
+        self.rows.append({"epoch": self.epoch, **row})
+        if self.epoch == 1 or now - self.logged_at > QUIET:
             self._write_log()
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in self.rows[-1].items() if name != "epoch")
-        if self.bar.disable:
-            print(f"epoch {self.epoch}/{self.config.epochs}  {shown}", flush=True)
-        else:
-            self.bar.set_description(f"epoch {self.epoch}/{self.config.epochs}")
-            self.bar.set_postfix_str(shown)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in {**more, **row}.items())
+        line = f"epoch {self.epoch}/{self.config.epochs}  {shown}"
+        self.bar.set_postfix_str(line, refresh=False)
+        if self.bar.disable and (self.epoch in (1, self.config.epochs) or now - self.printed_at > QUIET):
+            print(line, flush=True)
+            self.printed_at = now
 
     def sample_path(self) -> Path | None:
         """Where a grid of samples goes after this epoch, or None where none is due."""
-        due = self.epoch in SAMPLE_EPOCHS or self.epoch == self.config.epochs
+        due = self.epoch in SAMPLED or self.epoch == self.config.epochs
         return self.folder / "samples" / f"epoch{self.epoch:04d}.png" if due else None
 
     def finish(self) -> None:
-        """Save the last epoch's weights, unless the checkpoint has them: a session may have had nothing to do but to close an epoch."""
+        """Save the last epoch's weights, unless the checkpoint has them already, and say what to do next."""
         if (self.epoch, self.step) != self.saved_position:
             self.save()
             self.bar.close()
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-            print(f"trained {self.epoch} epochs in {self.seconds:.0f} s, peak memory {peak:.2f} GiB")
-            print(f"log in {self.folder / 'log.csv'}, pictures in {self.folder / 'samples'}")
             where = f"--seed {self.options.seed} --data {self.options.data} --runs {self.options.runs}"
+            print(f"trained {self.epoch} epochs in {self.seconds:.0f} s; log and pictures in {self.folder}")
             print(f"next: python -m {self.identity['paper']}.eval {self.options.experiment} {where}", flush=True)
 
     def save(self) -> None:
-        """Write the checkpoint; then stop if asked to. Where a step was not finite the last good one stays, and RunFailed names it."""
+        """Write the checkpoint, then stop if asked to. A step that was not finite raises RunFailed before."""
         self._check_finite()
-        for name, network in self.networks.items():  # what no loss has shown; here alone, as it reads all weights
-            if not all(value.isfinite().all() for value in network.state_dict().values() if value.is_floating_point()):
-                self._fail(f"weights of {name} are", self.total_steps)
-        self.seconds = self.seconds_before + time.monotonic() - self.started
-        save_checkpoint(
-            self.path,
-            {
-                "identity": self.identity,
-                "config": dataclasses.asdict(self.config),
-                "epoch": self.epoch,
-                "step": self.step,
-                "total_steps": self.total_steps,
-                "rows": self.rows,
-                "names": self.names,
-                "sums": self.sums,
-                "seconds": self.seconds,
-                "epoch_seconds": time.monotonic() - self.epoch_started,
-                "sessions": self.sessions,
-                "networks": {name: module.state_dict() for name, module in self.networks.items()},
-                "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            },
-        )
+        now = time.monotonic()
+        self.seconds = now - self.started
+        state = {name: getattr(self, name) for name in self.SAVED}
+        state |= {"config": asdict(self.config), "epoch_seconds": now - self.epoch_started}
+        state["weights"] = self.model.state_dict()
+        state["optimizers"] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        save_checkpoint(self.path, state)
         self._write_log()
         self.saved_at, self.saved_position = time.monotonic(), (self.epoch, self.step)
         if self.signal:
-            name, code = ("Ctrl-C", 130) if self.signal == signal.SIGINT else ("SIGTERM", 143)
-            raise Stopped(code, f"{name}: saved after epoch {self.epoch}, step {self.step}; the same command goes on from here")
+            saved = f"{'Ctrl-C' if self.signal == signal.SIGINT else 'SIGTERM'}: saved after epoch {self.epoch}"
+            raise Ended(f"{saved}, step {self.step}; the same command goes on from here", 128 + self.signal)
 
     def _check_finite(self) -> None:
         if (step := int(self.first_bad)) >= 0:
-            names = [name for name, bad in zip(self.names, self.bad.tolist(), strict=True) if bad]
-            self._fail(f"{', '.join(names)} {'were' if len(names) > 1 else 'was'}", step)
-
-    def _fail(self, what: str, step: int) -> typing.NoReturn:
-        kept = "the last good checkpoint is kept" if self.path.exists() else "nothing was saved"
-        raise RunFailed(f"{self.folder}: {what} not finite, first at step {step} (epoch {self.epoch + 1}); {kept}")
+            kept = "the last good checkpoint is kept" if self.path.exists() else "nothing was saved"
+            raise RunFailed(f"{self.folder}: a loss or gradient was not finite, first at step {step}; {kept}")
 
     def _write_log(self) -> None:
-        self.logged_at = time.monotonic()
-        path = self.folder / "log.csv"
+        path, self.logged_at = self.folder / "log.csv", time.monotonic()
         if not self.rows:
             path.unlink(missing_ok=True)  # of epochs that no checkpoint holds
             return
-        names = dict.fromkeys(name for row in self.rows for name in row)  # a run may be older than a column
+        names = dict.fromkeys(name for row in self.rows for name in row)
         with atomic(path) as file:
-            writer = csv.DictWriter(file, fieldnames=list(names))
-            writer.writeheader()
-            writer.writerows(self.rows)
+            csv.writer(file).writerows([names, *([row.get(name) for name in names] for row in self.rows)])
 
 
-def provenance(state: dict) -> dict:
-    """Where the weights in a checkpoint come from. What differed between the sessions of a resumed run is a list, in order."""
-    sessions = state["sessions"]
-    facts = {key: list(dict.fromkeys(s[key] for s in sessions)) for key in sessions[-1]}
-    facts = {key: values if len(values) > 1 else values[0] for key, values in facts.items()}
-    return {
-        **facts,
-        "git_commit": sessions[-1]["git_commit"],
-        "git_commits": list(dict.fromkeys(s["git_commit"] for s in sessions)),
-        "git_dirty": any(s["git_dirty"] is not False for s in sessions),
-        **{key: value for key, value in state["identity"].items() if key not in ("paper", "experiment", "seed")},
-        "training_seconds": round(state["seconds"], 1),
-        "epochs": state["epoch"],
-        "steps_beyond": state["step"],  # of an epoch that was not finished
-    }
+def load_weights(model: nn.Module, state: dict, folder: Path) -> None:
+    """The checkpoint's weights into the model. Raises UserError where they are another system's."""
+    try:
+        model.load_state_dict(state["weights"])
+    except RuntimeError as error:
+        raise UserError(f"{folder}: not this system's weights ({str(error)[:150]})") from None
 
 
-def trained(paper: str, folder: Path, device: torch.device) -> tuple[typing.Any, types.ModuleType, dict[str, torch.nn.Module], dict]:
-    """The run in `folder` as far as its last checkpoint: its config, the module that trained it, its networks, and the checkpoint.
-
-    Raises UserError where there is none, or it is damaged.
-    """
+def load_run(paper: str, folder: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict]:
+    """The system trained in `folder`, ready, and its checkpoint. Raises UserError where none is, or a damaged one."""
+    folder = Path(folder)
     state = load_checkpoint(folder / "checkpoint.pt")
-    if state is None:
-        raise UserError(f"{folder}: no trained run here (no checkpoint.pt)")
-    system = module_of(paper, state["config"])
-    config = make_config(system.Config, state["config"], str(folder))
-    networks = system.build(config)
-    for name, network in networks.items():
-        network.load_state_dict(state["networks"][name])
-        network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return config, system, networks, state
+    if not state or "weights" not in state or state["identity"]["paper"] != paper:
+        raise UserError(f"{folder}: no trained run here (no checkpoint.pt, or another paper's or version's)")
+    config = make_config(config_class(paper, state["identity"]["experiment"]), state["config"], str(folder))
+    model = config.build()
+    load_weights(model, state, folder)
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
 
 
-def check_data(folder: Path, state: dict, data: typing.Any) -> None:
+def check_data(folder: Path, state: dict, data: Any) -> None:
     """Raise UserError where `data` (a Dataset) is not what the run whose checkpoint is `state` was trained on."""
     trained_on = state["identity"]["data_digest"]
     if data.digest != trained_on:
         raise UserError(f"{folder}: trained on {data.name} with digest {trained_on}, found {data.digest}")
 
 
-def record(options: Options, config: typing.Any, state: dict, metrics: dict, device: torch.device, **judges: str | None) -> dict:
-    """What eval.json holds of a run, whose checkpoint is `state`. judges: which networks scored it, for the provenance."""
-    return {
-        "experiment": options.experiment,
-        "seed": options.seed,
-        "metrics": metrics,
-        "config": dataclasses.asdict(config),
-        "config_hash": config_hash(config),
-        "provenance": provenance(state) | judges | {"evaluation": session(device)},
-    }
+def record(config: Any, state: dict, metrics: dict, device: torch.device, **judges: str | None) -> dict:
+    """What eval.json holds of the run whose checkpoint is `state`. judges: the networks that scored it."""
+    made = {"experiment": state["identity"]["experiment"], "seed": state["identity"]["seed"], "metrics": metrics}
+    made |= {"config": asdict(config), "config_hash": config_hash(config)}
+    return made | {"provenance": provenance(state) | judges | {"evaluation": session(device)}}
 
 
-def evaluate_from(paper: str, evaluate: Callable[[Options], dict], argv: list[str] | None, shown: Callable[[str], bool] = bool) -> None:
-    """The command line of `python -m <paper>.eval`: evaluate one run and print its metrics.
-
-    evaluate: gives what `record` made.  shown: which metrics to print, by name; eval.json has them all.
-    """
-    parser = Parser(prog=f"python -m {paper}.eval")
-    add_options(parser, paper)
-    options = Options(**vars(parser.parse_all(argv)))
-    check_experiment(paper, options.experiment)
+def evaluate_from(paper: str, evaluate: Callable, argv: list[str] | None, shown: Callable[[str], bool] = bool) -> None:
+    """The command `python -m <paper>.eval`: evaluate(options) gives what `record` made. shown: the metrics to print."""
+    _, options = parse(f"{paper}.eval", None, argv)
     result = evaluate(options)
-    folder = options.folder(paper)
-    done, asked = result["provenance"]["epochs"], result["config"]["epochs"]
-    print(f"{paper} {options.experiment}, seed {options.seed}, {done} of {asked} epochs on {result['provenance']['data']}:")
+    folder, origin = options.folder(paper), result["provenance"]
+    done = f"{origin['epochs']} of {result['config']['epochs']} epochs on {origin['data']}"
+    print(f"{paper} {options.experiment}, seed {options.seed}, {done}:")
     for name in filter(shown, result["metrics"]):
-        value = result["metrics"][name]
-        print(f"  {name:<34}{value:{'.10g' if float(value).is_integer() else '.4g'}}")
+        print(f"  {name:<34}{result['metrics'][name]:.6g}")
     print(f"numbers in {folder / 'eval.json'}, pictures in {folder / 'figures'}; next: make diff")
-
-
-# ------------------------------------------------------------------------------------------------------------ describe
-
-
-def describe(networks: dict[str, torch.nn.Module], inputs: dict[str, typing.Any], config: typing.Any, as_json: bool) -> str:
-    """What would be trained: each network layer by layer with output shapes and parameter counts, and the config.
-
-    inputs: an example batch (or several, in a tuple) for each network that is called; the others are described by their parameters.
-    """
-    described = {}
-    for name, network in networks.items():
-        layers: list[dict] = []
-        if name in inputs:
-            _trace(network, inputs[name], layers)
-        else:
-            layers = [{"layer": k, "output": list(p.shape), "parameters": p.numel()} for k, p in network.named_parameters()]
-        described[name] = {"parameters": sum(p.numel() for p in network.parameters()), "layers": layers}
-    total = sum(network["parameters"] for network in described.values())
-    values = dataclasses.asdict(config)
-    if as_json:
-        return json.dumps({"networks": described, "parameters": total, "config": values}, indent=1)
-    lines = []
-    for name, network in described.items():
-        lines.append(f"{name}: {network['parameters']:,} parameters")
-        for x in network["layers"]:
-            output = "×".join(map(str, x["output"])) if x["output"] else "(not called)"
-            lines.append(f"  {x['layer']:<24}{output:<14}{x['parameters']:>12,}  {x.get('settings', '')}".rstrip())
-    lines += [f"total: {total:,} parameters", "config:"] + [f"  {key}: {value}" for key, value in values.items()]
-    return "\n".join(lines)
-
-
-@torch.no_grad()
-def _trace(network: torch.nn.Module, example: Tensor | tuple[Tensor, ...], layers: list[dict]) -> None:
-    """Run `example` through `network` and note what each layer without sub-layers gives out, without the batch dimension.
-
-    Layers with parameters that the example does not pass come last, without an output.
-    """
-
-    def row(module: torch.nn.Module, output: list[int]) -> dict:
-        count = sum(p.numel() for p in module.parameters())
-        return {"layer": type(module).__name__, "output": output, "parameters": count, "settings": module.extra_repr()}
-
-    def note(module: torch.nn.Module, _: object, output: Tensor) -> None:
-        layers.append(row(module, list(output.shape[1:])))
-        waiting.discard(module)
-
-    leaves = [m for m in network.modules() if not list(m.children()) and not isinstance(m, torch.nn.Identity)]
-    waiting = {m for m in leaves if list(m.parameters())}
-    hooks = [m.register_forward_hook(note) for m in leaves]
-    network(*example) if isinstance(example, tuple) else network(example)
-    for hook in hooks:
-        hook.remove()
-    layers += [row(module, []) for module in leaves if module in waiting]

@@ -1,0 +1,9 @@
+"""GAN-based Gaussian mixture model responsibility learning. `load(folder)` gives a trained run."""
+
+from common import run  # first: it sets OpenMP's variables before torch is imported
+
+
+def load(folder, device="cpu"):
+    """The system trained in `folder` (runs/gan_responsibility/<experiment>/seed<k>), ready: weights loaded, evaluation
+    mode. Raises UserError where there is none, or it is damaged."""
+    return run.load_run("gan_responsibility", folder, device)[0]

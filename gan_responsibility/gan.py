@@ -1,8 +1,8 @@
-"""The two baselines of Table 6 with the same G and D: the vanilla GAN, and GM-GAN (Ben-Yosef, Weinshall 2018), the dynamic one.
+"""The two baselines of Table 6, with the same G and D: the vanilla GAN and the dynamic GM-GAN of Ben-Yosef, Weinshall.
 
-    python -m gan_responsibility.train flowers10-gmgan --seed 0 --data data
+    python -m gan_responsibility.gan flowers10-gm-gan --seed 0 --data data
 
-One fake for each real image. GM-GAN: z = A_k ε + μ_k with k uniform, μ and A trained with G. Vanilla: z ~ N(0, I).
+Each real image has one fake. GM-GAN: z = A_k ε + μ_k with k uniform, μ and A trained with G. Vanilla: z ~ N(0, I).
 """
 
 from dataclasses import dataclass
@@ -12,73 +12,72 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.optim import descend
-from gan_responsibility import model
-from gan_responsibility.model import Mixture
-from gan_responsibility.train import Batch, Task, wide
+from common import run
+from gan_responsibility import train
+from gan_responsibility.model import Mixture, MixtureGAN, initialise, to_float32
 
-__all__ = ["Config", "build", "counts", "examples", "generate", "players", "train_step"]  # what every system brings
+
+class StandardNormal(nn.Module):
+    """N(0, I), the vanilla GAN's prior. It has no Gaussians to blend."""
+
+    def blend(self, noise: Tensor, weights: Tensor) -> Tensor:
+        return noise
+
+
+class GAN(MixtureGAN):
+    """G and D, and for GM-GAN the mixture. config: a `Config`. Weights come from torch's global generator."""
+
+    def __init__(self, config: "Config"):
+        mixture = Mixture(config.components, config.latent_dim, config.mean_range, config.deviation)
+        super().__init__(config, mixture if config.prior == "mixture" else StandardNormal())
+        initialise(self)
+
+    def losses(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """What D and what G, μ and A minimise of eq. (2). D's logits real (B, 1), fake (B, 1); scalars, nats."""
+        d_loss = F.softplus(-real).mean() + F.softplus(fake).mean()
+        return d_loss, -F.softplus(fake).mean() if self.config.saturating else F.softplus(-fake).mean()
+
+    def mode_weights(self, images: Tensor) -> Tensor:
+        """The weight of each Gaussian (K,): the same for all, whatever the images."""
+        return torch.full((self.config.components,), 1 / self.config.components)
 
 
 @dataclass(frozen=True)
-class Config(Task):
-    module: Literal["gan"] = "gan"
+class Config(train.Task):
     prior: Literal["normal", "mixture"] = "mixture"  # z ~ N(0, I), or GM-GAN's
     saturating: bool = False  # G minimises log(1 - D), else -log D
 
-
-def build(config: Config) -> dict[str, nn.Module]:
-    mixture = {"mixture": Mixture(config.components, config.latent_dim, config.mean_range, config.deviation)}
-    networks = {
-        **(mixture if config.prior == "mixture" else {}),
-        "generator": model.generator(config.shape, config.latent_dim),
-        "encoder": model.encoder(config.shape, config.networks),
-        "discriminator": model.discriminator(config.shape),
-    }
-    for network in networks.values():
-        model.initialise(network)
-    return networks
-
-
-def counts(config: Config) -> dict[str, float]:
-    """Table 6's number of parameters."""
-    total = sum(p.numel() for network in build(config).values() for p in network.parameters())
-    return {"parameters": total, "parameters_as_counted": total}
-
-
-def examples(config: Config) -> dict[str, Tensor]:
-    return {
-        **({"mixture": torch.zeros(2, config.components, config.latent_dim)} if config.prior == "mixture" else {}),
-        "generator": torch.zeros(2, config.latent_dim),
-        "encoder": torch.zeros(2, *config.shape),
-        "discriminator": torch.zeros(2, model.features(config.shape)),
-    }
-
-
-def players(networks: dict[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
-    """The parameters of each optimiser."""
-    names = {"discriminator": ("encoder", "discriminator"), "generator": ("generator", "mixture")}
-    return {player: [p for name in parts if name in networks for p in networks[name].parameters()] for player, parts in names.items()}
+    def build(self) -> GAN:
+        return GAN(self)
 
 
 def train_step(
-    networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], batch: Batch, config: Config, precision: str = "fp32"
+    model: GAN, optimizers: dict[str, torch.optim.Optimizer], batch: train.Batch, precision: str = "fp32"
 ) -> dict[str, Tensor]:
-    """D's and G's gradients of eq. (2) on as many fakes as real images, then both steps. Returns losses, on the device."""
-    device, n = batch.real.device, len(batch.real)
+    """Both gradients of eq. (2), on as many fakes as real images, then both steps. Returns losses, on the device."""
+    config, n, device = model.config, len(batch.real), batch.real.device
     components = torch.randint(config.components, (n,), generator=batch.noise, device=device)
-    noise = torch.randn(n, config.latent_dim, generator=batch.noise, device=device, dtype=batch.real.dtype)
+    noise = batch.real.new_empty(n, config.latent_dim).normal_(generator=batch.noise)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        fake = generate(networks, noise, F.one_hot(components, config.components).to(noise.dtype))
-        on_real, on_fake = (wide(networks["discriminator"](networks["encoder"](x))) for x in (batch.real, fake))
-    d_loss = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
-    g_loss = -F.softplus(on_fake).mean() if config.saturating else F.softplus(-on_fake).mean()
-    mine = players(networks)
-    found = {"discriminator": torch.autograd.grad(d_loss, mine["discriminator"], retain_graph=True)}
-    found["generator"] = torch.autograd.grad(g_loss, mine["generator"])
-    return {"d_loss": d_loss, "g_loss": g_loss} | {f"{player}_grad": descend(optimizers[player], found[player]) for player in found}
+        fakes = model.decode(noise, F.one_hot(components, config.components).to(noise.dtype))
+        on_real, on_fakes = (to_float32(model.discriminator(model.encoder(x))) for x in (batch.real, fakes))
+    d_loss, g_loss = model.losses(on_real, on_fakes)
+
+    players = model.players()
+    for optimizer in optimizers.values():
+        optimizer.zero_grad()
+    d_loss.backward(inputs=players["discriminator"], retain_graph=True)
+    g_loss.backward(inputs=players["generator"])
+    for optimizer in optimizers.values():
+        optimizer.step()
+    return {"d_loss": d_loss.detach(), "g_loss": g_loss.detach()} | train.gradient_norms(players)
 
 
-def generate(networks: dict[str, nn.Module], noise: Tensor, weights: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [-1, 1] from ε (B, D_z) and weights of the Gaussians (B, K), of which the vanilla GAN has none."""
-    return networks["generator"](networks["mixture"].blend(noise, weights) if "mixture" in networks else noise)
+def main(argv: list[str] | None = None) -> None:
+    run.start("gan_responsibility.gan", Config, lambda config, options: train.train(config, options, train_step), argv)
+
+
+if __name__ == "__main__":
+    from gan_responsibility.gan import main  # under its own name, so that Config exists once
+
+    run.exit_with(main)

@@ -1,40 +1,48 @@
-"""Networks, mixture and losses of GAN-based GMM responsibility learning: Tables 1 to 3, Sec. 2.
+"""GAN-based GMM responsibility learning: the networks of Tables 1 to 3, the mixture and the losses of Sec. 2.
 
-Two readings of Tables 2 and 3. `count_matched`: the layers that give Table 6's numbers of parameters to the digit (no biases and a flat
-batch normalisation in G; in D 5×5 kernels, a third convolution and no batch normalisation). `as_printed`: the tables' own.
+Tables 2 and 3 have two readings (ledger 1). `as_printed`: the layers of the tables. `count_matched`: the layers that
+give Table 6's numbers of parameters to the digit. These have no biases and a flat batch normalisation in G; in D they
+have 5×5 kernels, a third convolution and no batch normalisation.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SLOPE = 0.3  # of LeakyReLU: TensorFlow's default, whose tutorial networks these are
+from common import run
+
+SLOPE = 0.3  # of LeakyReLU: the default of TensorFlow, whose tutorial networks these are
+
+
+# ---------------------------------------------------------------------------------------------------- prior, networks
 
 
 class Mixture(nn.Module):
-    """K Gaussians N(μ_k, A_k A_kᵀ) in the latent space, eq. (1): means μ (K, D_z) and scales A (K, D_z, D_z), all trained."""
+    """K Gaussians N(μ_k, A_k A_kᵀ) in the latent space, eq. (1). Trained: means μ (K, D_z), scales A (K, D_z, D_z)."""
 
     def __init__(self, n_components: int, latent_dim: int, mean_range: float, deviation: float):
         super().__init__()
         self.means = nn.Parameter(torch.empty(n_components, latent_dim).uniform_(-mean_range, mean_range))
         self.scales = nn.Parameter(deviation * torch.eye(latent_dim).repeat(n_components, 1, 1))
 
+    def extra_repr(self) -> str:  # for --describe
+        return f"means {tuple(self.means.shape)}, scales {tuple(self.scales.shape)}"
+
     def forward(self, noise: Tensor) -> Tensor:
-        """z = A_k ε + μ_k for every Gaussian: noise ε (B, K, D_z) -> latent vectors (B, K, D_z). Algorithm 1, lines 4 and 5."""
+        """z_k = A_k ε + μ_k for every Gaussian: noise ε (B, K, D_z) -> latent vectors (B, K, D_z)."""
         return torch.einsum("kij,bkj->bki", self.scales, noise) + self.means
 
     def blend(self, noise: Tensor, weights: Tensor) -> Tensor:
-        """Σ_k w_k (A_k ε + μ_k), between Gaussians (Sec. 3.2): noise (B, D_z), weights (B, K) with sum 1 -> (B, D_z)."""
+        """Σ_k w_k (A_k ε + μ_k), between Gaussians (Sec. 3.2): noise (B, D_z), weights (B, K), sum 1 -> (B, D_z)."""
         return torch.einsum("bk,bki->bi", weights, self(noise[:, None].expand(-1, len(self.means), -1)))
 
 
-# ------------------------------------------------------------------------------------------------------------- networks
-
-
 def generator(shape: tuple[int, int, int], latent_dim: int) -> nn.Sequential:
-    """Table 2: latent vectors (B, D_z) -> images (B, C, H, W) in [-1, 1]. Both readings: without biases."""
+    """Table 2: latent vectors (B, D_z) -> images (B, C, H, W) in [-1, 1]. Both readings have no biases."""
     channels, size, _ = shape
     side = size // 4
     return nn.Sequential(
@@ -55,28 +63,24 @@ def generator(shape: tuple[int, int, int], latent_dim: int) -> nn.Sequential:
 
 def encoder(shape: tuple[int, int, int], reading: str) -> nn.Sequential:
     """Table 3, the encoding network of D: images (B, C, H, W) -> features (B, 128 · H/4 · W/4)."""
-    layers: list[nn.Module] = [nn.Conv2d(shape[0], 64, 5, stride=2, padding=2), nn.LeakyReLU(SLOPE)]  # (64, H/2, W/2)
+    layers = [nn.Conv2d(shape[0], 64, 5, stride=2, padding=2), nn.LeakyReLU(SLOPE)]  # (64, H/2, W/2)
     if reading == "as_printed":
-        layers += [nn.Conv2d(64, 128, 4, stride=2, padding=1), nn.BatchNorm2d(128), nn.LeakyReLU(SLOPE)]  # (128, H/4, W/4)
+        layers += [nn.Conv2d(64, 128, 4, stride=2, padding=1), nn.BatchNorm2d(128)]  # (128, H/4, W/4)
+        layers += [nn.LeakyReLU(SLOPE)]
     else:
         layers += [nn.Conv2d(64, 128, 5, stride=2, padding=2), nn.LeakyReLU(SLOPE)]  # (128, H/4, W/4)
         layers += [nn.Conv2d(128, 128, 5, stride=1, padding=2), nn.LeakyReLU(SLOPE)]  # (128, H/4, W/4), in no table
     return nn.Sequential(*layers, nn.Flatten())
 
 
-def features(shape: tuple[int, int, int]) -> int:
-    """How many numbers the encoding network gives."""
+def n_features(shape: tuple[int, int, int]) -> int:
+    """How many numbers the encoding network gives for an image."""
     return 128 * (shape[1] // 4) * (shape[2] // 4)
-
-
-def discriminator(shape: tuple[int, int, int]) -> nn.Linear:
-    """Table 3, the discriminator network: features -> the logit of D(x), (B, 1)."""
-    return nn.Linear(features(shape), 1)
 
 
 def shared_classifier(shape: tuple[int, int, int], n_components: int) -> nn.Linear:
     """Table 1, if shared: D's features -> logits of p(k|x), (B, K)."""
-    return nn.Linear(features(shape), n_components)
+    return nn.Linear(n_features(shape), n_components)
 
 
 def standalone_classifier(shape: tuple[int, int, int], n_components: int) -> nn.Sequential:
@@ -104,57 +108,208 @@ def initialise(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
-# Responsibilities α: (M, K), rows with sum 1. Each is a sum over the images of a part of the batch; the caller divides by M.
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+def weighted(alpha: Tensor, values: Tensor) -> Tensor:
+    """E_x (1/K Σ_k α_k v_k), the mean over images in eqs. (3) and (4). Responsibilities α and values v (M, K)."""
+    return (alpha * values).sum() / alpha.shape[1] / alpha.shape[0]
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
-    """-Σ_i 1/K Σ_k α_ik (log D(x_i) + log(1 - D(x̂_ik))), eq. (3), which D maximises. Logits real (M,), fake (M, K); a scalar, nats."""
-    return (alpha * (F.softplus(-real)[:, None] + F.softplus(fake))).sum() / alpha.shape[1]
+    """-E_x (1/K Σ_k α_k (log D(x) + log(1 - D(x̂_k)))), eq. (3), which D maximises. Logits (M,), (M, K); nats."""
+    return weighted(alpha, F.softplus(-real)[:, None] + F.softplus(fake))
 
 
 def generator_loss(fake: Tensor, alpha: Tensor, saturating: bool) -> Tensor:
-    """What G, μ, A and, through α, C minimise of eq. (3): Σ_i 1/K Σ_k α_ik log(1 - D(x̂_ik)), or with -log D(x̂_ik) in its place.
+    """E_x (1/K Σ_k α_k log(1 - D(x̂_k))) of eq. (3), or with -log D(x̂_k): for G, μ, A and, through α, for C.
 
-    The real images' term of eq. (3) is the same for every α, whose rows have sum 1. Logits fake (M, K); a scalar, nats.
+    The term of the real images is the same for every α, whose rows have sum 1. Logits fake (M, K); a scalar, nats.
     """
-    return (alpha * (-F.softplus(fake) if saturating else F.softplus(-fake))).sum() / alpha.shape[1]
+    return weighted(alpha, -F.softplus(fake) if saturating else F.softplus(-fake))
 
 
 def information_loss(logits: Tensor, alpha: Tensor, target: str) -> Tensor:
-    """-L^I of eq. (4) without H(c), see `class_entropy`: Σ_i 1/K Σ_k α_ik CE(target, C(x̂_ik)), to be minimised.
+    """-L^I of eq. (4) without H(c), for which see `class_entropy`: E_x (1/K Σ_k α_k CE(target, C(x̂_k))).
 
-    logits: (M, K, K), C's on each fake.  target: "alpha", the α_i of the real image, the same for every k (as printed), or
-    "component", the Gaussian k that the fake came from. A scalar, nats.
+    logits: (M, K, K), C's for each fake.  target: "alpha", the α of the real image, the same for every k (as printed),
+    or "component", the Gaussian k that the fake came from. A scalar, nats.
     """
     log_p = logits.log_softmax(-1)  # (M, K, K)
     if target == "alpha":
-        cross_entropy = -(alpha[:, None] * log_p).sum(-1)
-    else:
-        cross_entropy = -log_p.diagonal(dim1=1, dim2=2)
-    return (alpha * cross_entropy).sum() / alpha.shape[1]
+        return weighted(alpha, -(alpha[:, None] * log_p).sum(-1))
+    return weighted(alpha, -log_p.diagonal(dim1=1, dim2=2))
 
 
 def class_entropy(alpha: Tensor, of: str) -> Tensor:
-    """Eq. (4)'s share of H(c), 1/K Σ_k α_ik H = H / K, to be maximised through α (M, K). A scalar, nats.
+    """The share of H(c) in eq. (4), 1/K Σ_k α_k H = H / K, to be maximised through α (M, K). A scalar, nats.
 
-    of: "batch", c ~ the mean of α over the M images, the distribution of the classes; or "image", c ~ α_i, the mean over the images.
+    of: "batch", c ~ the mean of α over the M images; or "image", c ~ α of each image, then the mean over the images.
     """
     p = alpha.mean(0, keepdim=True) if of == "batch" else alpha
     log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()  # at p = 0 the gradient must be a number
     return -(p * log_p).sum(-1).mean() / alpha.shape[1]
 
 
+# ----------------------------------------------------------------------------------------- how much α says, for the log
+
+
 def entropy_share(alpha: Tensor) -> Tensor:
-    """How undecided responsibilities are: the mean entropy of the rows of α (M, K), as a share of log K. 1: uniform for every image."""
+    """The mean entropy of the rows of α (M, K), as a share of log K. 1: α is uniform for every image."""
     return -torch.special.xlogy(alpha, alpha).sum(-1).mean() / math.log(alpha.shape[-1])
 
 
 def information_share(alpha: Tensor) -> Tensor:
-    """What k tells of x: entropy of the mean row of α (M, K) less the rows' mean entropy, as a share of log K. 0: all rows are the same."""
+    """I(k; x) by α (M, K): the entropy of the mean row less the mean entropy, as a share of log K. 0: all rows same."""
     return entropy_share(alpha.mean(0, keepdim=True)) - entropy_share(alpha)
 
 
 def shares(alpha: Tensor) -> dict[str, Tensor]:
-    """What α (N, K) says, as the log has it: alpha_entropy, alpha_information, and largest_weight, the largest of the K means of α."""
-    return {"alpha_entropy": entropy_share(alpha), "alpha_information": information_share(alpha), "largest_weight": alpha.mean(0).max()}
+    """The log's account of α (M, K): `entropy_share`, `information_share`, and the largest of the K means of α."""
+    information, largest = information_share(alpha), alpha.mean(0).max()
+    return {"alpha_entropy": entropy_share(alpha), "alpha_information": information, "largest_weight": largest}
+
+
+# ------------------------------------------------------------------------------------------------------------- systems
+
+
+def as_input(images: Tensor) -> Tensor:
+    """uint8 images 0 … 255 brought to [-1, 1], the range of G's tanh; floats must lie there. Raises ValueError."""
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1
+    low, high = images.min().item(), images.max().item()
+    if not -1 <= low <= high <= 1:
+        raise ValueError(f"images must be uint8 or floats in [-1, 1], found floats from {low:.4g} to {high:.4g}")
+    return images
+
+
+def to_float32(x: Tensor) -> Tensor:
+    """bfloat16 as float32, for no loss is taken in bfloat16; other types as they are."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Batch normalisation by its running means, and no gradients; afterwards the mode that was."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+class MixtureGAN(nn.Module):
+    """G, D and the prior of z: the part that the proposed system and its two baselines share (Sec. 3.3).
+
+    config: a `train.Task`.  prior: a network with a method `blend`, as `Mixture` has. Subclasses call `initialise`.
+    """
+
+    def __init__(self, config, prior: nn.Module):
+        super().__init__()
+        self.config = config
+        self.mixture = prior
+        self.generator = generator(config.shape, config.latent_dim)
+        self.encoder = encoder(config.shape, config.networks)
+        self.discriminator = nn.Linear(n_features(config.shape), 1)  # Table 3: features -> the logit of D(x), (B, 1)
+
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters that each optimiser moves (ledger 2)."""
+        return {
+            "discriminator": [*self.encoder.parameters(), *self.discriminator.parameters()],
+            "generator": [*self.generator.parameters(), *self.mixture.parameters()],
+        }
+
+    def decode(self, noise: Tensor, weights: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] from ε (B, D_z) and weights of the Gaussians (B, K).
+
+        A one-hot row of weights is a Gaussian, another row with sum 1 a place between them (Sec. 3.2).
+        """
+        return self.generator(self.mixture.blend(noise, weights))
+
+    def sample(self, weights: Tensor, seed: int = 0, same_noise: bool = False, batch: int = 200) -> Tensor:
+        """Images (N, C, H, W) in [-1, 1] on the CPU, as `decode` has them. same_noise: one ε for all (Sec. 3.2)."""
+        n, device = len(weights), self.discriminator.weight.device
+        drawn = torch.randn(1 if same_noise else n, self.config.latent_dim, generator=run.generator(seed, "sample"))
+        pairs = zip(drawn.expand(n, -1).split(batch), weights.split(batch), strict=True)
+        with evaluation_mode(self):
+            return torch.cat([self.decode(noise.to(device), w.to(device)).cpu() for noise, w in pairs])
+
+    def sample_mixture(self, n: int, mode_weights: Tensor, seed: int = 0) -> Tensor:
+        """n uint8 images (n, C, H, W) of the whole mixture, whose weights are mode_weights (K,). Ledger 10."""
+        k = torch.multinomial(mode_weights, n, replacement=True, generator=run.generator(seed, "component"))
+        return ((self.sample(torch.eye(len(mode_weights))[k], seed) + 1) * 127.5).round().to(torch.uint8)
+
+    @property
+    def parameter_count(self) -> int:
+        """The number of parameters, as built."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def parameter_count_as_counted(self) -> int:
+        """The number of parameters, as Table 6 counts them."""
+        return self.parameter_count
+
+
+class Responsibility(MixtureGAN):
+    """The proposed system: G, D, the mixture, and C, which gives p(k|x) (Sec. 2).
+
+    C is a layer on D's features (`shared`) or a network that takes images (`standalone`), Table 1.
+    config: a `train.Config`. Weights come from torch's global generator.
+    """
+
+    def __init__(self, config):
+        prior = Mixture(config.components, config.latent_dim, config.mean_range, config.deviation)
+        super().__init__(config, prior)
+        self.shared = config.classifier == "shared"
+        self.classifier = (shared_classifier if self.shared else standalone_classifier)(config.shape, config.components)
+        initialise(self)
+
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters that each optimiser moves (ledger 2). A shared encoder is moved as D's part alone."""
+        return super().players() | {"classifier": [*self.classifier.parameters()]}
+
+    def forward_d_and_c(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """D's logits (B,) and C's logits of p(k|x) (B, K) of images (B, C, H, W) in [-1, 1]."""
+        h = self.encoder(images)
+        logits = self.classifier(h if self.shared else images)
+        return to_float32(self.discriminator(h)).squeeze(1), to_float32(logits)
+
+    def losses(self, real: Tensor, fake: Tensor, logits: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What D minimises, eq. (3); what G, μ, A and, through α, C minimise of it; and -L^I, eq. (4). Scalars, nats.
+
+        real, fake: D's logits (M,), (M, K).  logits: C's for the fakes (M, K, K).  alpha: (M, K), of the real images.
+        Where a switch keeps a loss from C, α is fixed in it; D always sees a fixed α.
+        """
+        config, fixed = self.config, alpha.detach()
+        d_loss = discriminator_loss(real, fake, fixed)
+        in_adversarial = alpha if config.adversarial_moves_classifier else fixed
+        g_loss = generator_loss(fake, in_adversarial, config.saturating)
+        in_information = alpha if config.alpha_in_information == "trained" else fixed
+        information = information_loss(logits, in_information, config.target)
+        if config.class_entropy != "left_out":
+            information = information - class_entropy(alpha, config.class_entropy)
+        return d_loss, g_loss, information
+
+    def responsibilities(self, images: Tensor, batch: int = 500) -> Tensor:
+        """p(k|x), (N, K), float32 on the CPU, of images (N, C, H, W): uint8, or floats in [-1, 1]; else ValueError."""
+        device = self.discriminator.weight.device
+
+        def of_batch(x: Tensor) -> Tensor:
+            return self.classifier(self.encoder(x) if self.shared else x).softmax(-1).float().cpu()
+
+        with evaluation_mode(self):
+            return torch.cat([of_batch(as_input(part.to(device))) for part in images.split(batch)])
+
+    def mode_weights(self, images: Tensor) -> Tensor:
+        """The weight of each Gaussian (K,), sum 1: the mean of p(k|x) over images (N, C, H, W). Ledger 10."""
+        return self.responsibilities(images).double().mean(0).float()
+
+    @property
+    def parameter_count_as_counted(self) -> int:
+        """The number of parameters, as Table 6 counts them: the stand-alone classifier with the shared one's head."""
+        if self.shared:
+            return self.parameter_count
+        k, own_head = self.config.components, self.classifier[-1]
+        return self.parameter_count - k * (own_head.in_features + 1) + k * (n_features(self.config.shape) + 1)

@@ -1,7 +1,9 @@
-"""Table 6's scores: Inception Score and FID of 5,000 samples, where the Inception weights can be had."""
+"""What is measured while training and after it: clusters by p(k|x), the weights of the modes, Table 6's scores.
+
+Table 6 has the Inception Score and FID of 5,000 samples of Oxford-102. They need the Inception weights.
+"""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,60 +11,39 @@ from torch import Tensor, nn
 
 from common import inception, run
 from common.data import Dataset, load
-from common.metrics import frechet_distance, moments
+from common.metrics import clustering_accuracy, contingency, frechet_distance, moments, normalised_mutual_information
 
 SAMPLES = 5_000  # Sec. 3.3
 SPLITS = 10
 JUDGE = f"Inception 2015-12-05, {inception.SHA256_PREFIX}"
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """The Inception network and what it makes of the real images."""
+def clustering(alpha: Tensor, labels: Tensor, n_classes: int) -> dict[str, float]:
+    """NMI and (where K = n_classes) ACC of argmax p(k|x). alpha: p(k|x), (N, K).  labels: (N,)."""
+    table = contingency(alpha.argmax(1), labels, alpha.shape[1], n_classes)
+    found = {"nmi": normalised_mutual_information(table)}
+    return found | {"accuracy": clustering_accuracy(table)} if alpha.shape[1] == n_classes else found
 
-    network: nn.Module
-    real: tuple[Tensor, Tensor]  # mean and covariance over the training images
-    everything: Tensor  # all images of the ten classes, of the three official splits, each once
-    of_everything: tuple[Tensor, Tensor]  # mean and covariance
 
-    @classmethod
-    def find(cls, data: Dataset, options: run.Options, device: torch.device) -> "Scorer | None":
-        """The scorer of Oxford-102, the one data set that the paper scores; None for others, or, aloud, without weights."""
-        if not data.name.startswith("flowers10"):
-            return None
-        path, reason = inception.find_weights(options.inception)
-        if path is None:
-            print(f"Inception Score and FID left out: {reason}", flush=True)
-            return None
-        network, cache = inception.extractor(path, device, str(inception.FEATURES), inception.LOGITS), options.runs / "cache"
-        whole = load("flowers10_all", options.data, options.unofficial_data)
-        return cls(
-            network,
-            inception.cached_moments(network, data.train_images, cache, f"{data.name}-train-{data.digest}"),
-            whole.train_images,
-            inception.cached_moments(network, whole.train_images, cache, f"{whole.name}-train-{whole.digest}"),
-        )
+def mode_weights_against_classes(alpha: Tensor, labels: Tensor) -> dict[str, float]:
+    """The weights of the modes and the frequencies of the classes, paired as ACC pairs them (Sec. 1).
 
-    def scores(self, draw: Callable[[int], Tensor]) -> dict[str, float]:
-        """inception_score, the mean over 10 parts, and fid and fid_all, of draw(5000): uint8 images."""
-        features, logits = inception.outputs(self.network, draw(SAMPLES))
-        score, deviation = inception_score(logits)
-        made = moments(features)
-        return {
-            "inception_score": score,
-            "inception_score_deviation": deviation,
-            "fid": frechet_distance(made, self.real),
-            "fid_all": frechet_distance(made, self.of_everything),
-        }
+    alpha: p(k|x), (N, K).  labels: (N,), of K classes. weight_error is half the sum of the differences (0: the weights
+    are right), of the mean of p(k|x); of argmax p(k|x) (_hard); and of 1/K for every mode (_uniform), which is right
+    where the classes are equal.
+    """
+    from scipy.optimize import linear_sum_assignment
 
-    def of_real_images(self, data: Dataset, seed: int) -> dict[str, float]:
-        """How much of a FID is due to so few images. fid_halves: between two random halves of all; fid_real: training against test."""
-        features = inception.features(self.network, self.everything)
-        halves = features[torch.randperm(len(features), generator=run.generator(seed, "halves"))].tensor_split(2)
-        found = {"fid_halves": frechet_distance(*(moments(half) for half in halves))}
-        if data.name == "flowers10":  # of flowers10_all the test images are training images
-            found["fid_real"] = frechet_distance(self.real, moments(inception.features(self.network, data.test_images)))
-        return found
+    k, n = alpha.shape[1], len(alpha)
+    _, paired = linear_sum_assignment(contingency(alpha.argmax(1), labels, k, k).numpy(), maximize=True)
+    frequencies = (labels.bincount(minlength=k).double() / n)[torch.from_numpy(paired)]
+    soft, hard = alpha.double().mean(0), alpha.argmax(1).bincount(minlength=k).double() / n
+    uniform = torch.full((k,), 1 / k, dtype=torch.float64)
+    found = {}
+    for suffix, weights in (("", soft), ("_hard", hard), ("_uniform", uniform)):
+        found[f"weight_error{suffix}"] = 0.5 * (weights - frequencies).abs().sum().item()  # the total variation
+    found |= {f"weight_of_{i}": soft[i].item() for i in range(k)}
+    return found | {f"frequency_of_{i}": frequencies[i].item() for i in range(k)}
 
 
 def inception_score(logits: Tensor, splits: int = SPLITS) -> tuple[float, float]:
@@ -74,3 +55,55 @@ def inception_score(logits: Tensor, splits: int = SPLITS) -> tuple[float, float]
         values.append((log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp())
     found = torch.stack(values)
     return found.mean().item(), found.std(correction=0).item()
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The Inception network and its features of the real images."""
+
+    network: nn.Module
+    real: tuple[Tensor, Tensor]  # mean and covariance over the training images
+    everything: Tensor  # all images of the ten classes, of the three official splits, each once
+    of_everything: tuple[Tensor, Tensor]  # mean and covariance
+
+    @classmethod
+    def find(cls, data: Dataset, options: run.Options, device: torch.device) -> "Scorer | None":
+        """The scorer of Oxford-102, the only data set that the paper scores. None for others; None, with a line that
+        says why, where the Inception weights are missing."""
+        if not data.name.startswith("flowers10"):
+            return None
+        path, reason = inception.find_weights(options.inception)
+        if path is None:
+            print(f"Inception Score and FID left out: {reason}", flush=True)
+            return None
+        network = inception.extractor(path, device, str(inception.FEATURES), inception.LOGITS)
+        whole, cache = load("flowers10_all", options.data, options.unofficial_data), options.runs / "cache"
+
+        def moments_of(part: Dataset) -> tuple[Tensor, Tensor]:
+            return inception.cached_moments(network, part.train_images, cache, f"{part.name}-train-{part.digest}")
+
+        return cls(network, moments_of(data), whole.train_images, moments_of(whole))
+
+    def scores(self, samples: Tensor) -> dict[str, float]:
+        """inception_score, the mean over 10 parts, and fid and fid_all, of uint8 images (n, C, H, W)."""
+        features, logits = inception.outputs(self.network, samples)
+        score, deviation = inception_score(logits)
+        of_samples = moments(features)
+        return {
+            "inception_score": score,
+            "inception_score_deviation": deviation,
+            "fid": frechet_distance(of_samples, self.real),
+            "fid_all": frechet_distance(of_samples, self.of_everything),
+        }
+
+    def of_real_images(self, data: Dataset, seed: int) -> dict[str, float]:
+        """The FID that so few images have among themselves.
+
+        fid_halves: between two random halves of all.  fid_real: between training and test images.
+        """
+        features = inception.features(self.network, self.everything)
+        order = torch.randperm(len(features), generator=run.generator(seed, "halves"))
+        found = {"fid_halves": frechet_distance(*(moments(half) for half in features[order].tensor_split(2)))}
+        if data.name == "flowers10":  # the test images of flowers10_all are training images
+            found["fid_real"] = frechet_distance(self.real, moments(inception.features(self.network, data.test_images)))
+        return found

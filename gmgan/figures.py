@@ -2,24 +2,26 @@
 
     python -m gmgan.figures --runs runs
 
-Figures 3 and 4 need the runs themselves (seed 0 of each); 2, 5 and 7 take the reference results and the evaluated runs under --runs,
-every seed of each, with standard errors. What is missing is said and left out.
+Figures 3 and 4 need the runs themselves (seed 0 of each). Figures 2, 5 and 7 take the reference results and the
+evaluated runs under --runs, every seed of each, with standard errors. What is missing is named and left out.
 """
 
 import time
 from pathlib import Path
 
+import gmgan
 from common import diff, plots, run
 from common.plots import curve, named
 from gmgan import toy
-from gmgan.eval import MULTIPLIERS, load_run
+from gmgan.eval import MULTIPLIERS
 
 TOY = {"GAN": "toy-gan", "GM-GAN": "toy", "AC-GAN": "toy-acgan", "GM-GAN, supervised": "toy-supervised"}
 DATA = {"CIFAR-10": "cifar10", "STL-10": "stl10", "Fashion-MNIST": "fashion", "MNIST": "mnist"}
-PAIRS = {  # Fig. 7's two columns: the experiments behind each curve
+FIGURE_7 = {  # its two columns: the experiments behind each curve
     "supervised": {"AC-GAN": "{}-acgan", "GM-GAN": "{}-supervised", "GM-GAN, dynamic": "{}-supervised-dynamic"},
     "unsupervised": {"GAN": "{}-gan", "GM-GAN": "{}", "GM-GAN, dynamic": "{}-dynamic"},
 }
+NARROW = {"mnist": "mnist-narrow", "fashion": "fashion-narrow"}  # GM-GAN of its baselines' width there (ledger 5)
 
 
 def figures_3_and_4(runs: Path, out: Path) -> None:
@@ -27,33 +29,24 @@ def figures_3_and_4(runs: Path, out: Path) -> None:
     points, trained = toy.dataset().train_images, {}
     for name, experiment in TOY.items():
         folder = runs / "gmgan" / experiment / "seed0"
+        config = run.experiment_config("gmgan", experiment)
         if not (folder / "eval.json").exists():
             print(f"figure 3: {experiment} left out: no evaluated run in {folder}; make gmgan-{experiment}")
-        elif reason := diff.not_comparable(diff.read_records(folder / "eval.json")[0], diff.config_of("gmgan", experiment)):
+        elif reason := diff.not_comparable(diff.read_records(folder / "eval.json")[0], config):
             print(f"figure 3: {experiment} left out: {reason}")
         else:
-            trained[name] = load_run(folder)
+            trained[name] = gmgan.load(folder)
     if trained:
-        panels = {name: (points, *toy.judged(t.networks, t.system, t.config)) for name, t in trained.items()}
-        plots.save_scatters(panels, out / "figure-3.png")
-    panels = {}
-    for name in ("GAN", "GM-GAN"):
-        if name in trained:
-            t = trained[name]
-            for m in toy.SHOWN_MULTIPLIERS:
-                panels[f"{name}, σ = {m:g}"] = (points, *toy.judged(t.networks, t.system, t.config, m))
+        panels = {name: (points, *toy.samples(model)) for name, model in trained.items()}
+        toy.save_scatters(panels, out / "figure-3.png")
+    panels = {
+        f"{name}, σ = {m:g}": (points, *toy.samples(trained[name], m))
+        for name in ("GAN", "GM-GAN")
+        if name in trained
+        for m in toy.SHOWN_MULTIPLIERS
+    }
     if panels:
-        plots.save_scatters(panels, out / "figure-4.png")
-
-
-def figure_5(found: dict, out: Path) -> None:
-    """Negative log-likelihood of samples against the epoch, the data's own as a line."""
-    curves = {named(name, found[e]): curve(found[e], "nll_after_") for name, e in TOY.items() if e in found}
-    if curves:
-        xs = next(iter(curves.values()))[0]
-        own = toy.negative_log_likelihood(toy.dataset().train_images)
-        curves["the data"] = (xs, [own] * len(xs), [0.0] * len(xs))
-        plots.save_error_curves({"": curves}, out / "figure-5.png", "epoch", "negative log-likelihood, nats", log=True)
+        toy.save_scatters(panels, out / "figure-4.png")
 
 
 def figure_4_curves(found: dict, out: Path) -> None:
@@ -65,7 +58,19 @@ def figure_4_curves(found: dict, out: Path) -> None:
             _, nll, errors = curve(found[experiment], "nll_at_")
             curves[named(name, found[experiment])] = (entropy, nll, errors)
     if curves:
-        plots.save_error_curves({"": curves}, out / "figure-4-curves.png", "entropy, nats (diversity)", "negative log-likelihood, nats")
+        labels = ("entropy, nats (diversity)", "negative log-likelihood, nats")
+        plots.save_error_curves({"": curves}, out / "figure-4-curves.png", *labels)
+
+
+def figure_5(found: dict, out: Path) -> None:
+    """Negative log-likelihood of samples against the epoch, the data's own as a line."""
+    curves = {named(name, found[e]): curve(found[e], "nll_after_") for name, e in TOY.items() if e in found}
+    if curves:
+        xs = next(iter(curves.values()))[0]
+        own = toy.negative_log_likelihood(toy.dataset().train_images)
+        curves["the data"] = (xs, [own] * len(xs), [0.0] * len(xs))
+        labels = ("epoch", "negative log-likelihood, nats")
+        plots.save_error_curves({"": curves}, out / "figure-5.png", *labels, log=True)
 
 
 def figure_7(found: dict, out: Path) -> None:
@@ -73,8 +78,9 @@ def figure_7(found: dict, out: Path) -> None:
     panels = {}
     for title, data in DATA.items():
         row = {}
-        for setting, models in PAIRS.items():
-            several = {name: found[e.format(data)] for name, e in models.items() if e.format(data) in found}
+        for setting, models in FIGURE_7.items():
+            experiments = {name: NARROW.get(e.format(data), e.format(data)) for name, e in models.items()}
+            several = {name: found[e] for name, e in experiments.items() if e in found}
             for score in ("quality", "diversity"):
                 curves = {named(name, runs): curve(runs, f"{score}_at_") for name, runs in several.items()}
                 row[f"{title}, {setting}: {score}"] = curves
@@ -100,15 +106,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=run.as_path, default=Path("runs"), help="folder under which runs are kept")
     parser.add_argument("--out", type=run.as_path, help="where the figures go; default: <runs>/gmgan/figures")
     options = parser.parse_all(argv)
-    out = options.out or options.runs / "gmgan" / "figures"
+    runs, out = options.runs, options.out or options.runs / "gmgan" / "figures"
     started = time.time()
-    figures_3_and_4(options.runs, out)
-    found = diff.complete("gmgan", options.runs)
+    figures_3_and_4(runs, out)
+    found = diff.complete("gmgan", runs)
     for figure in (figure_2, figure_4_curves, figure_5, figure_7):
         figure(found, out)
     made = sorted(path.name for path in out.glob("figure-*.png") if path.stat().st_mtime >= started - 1)
     if not made:
-        raise run.UserError(f"no run of gmgan under {options.runs} and no reference results: train one first, as in make gmgan-toy")
+        raise run.UserError(f"no run of gmgan under {runs} and no reference results: train one first, make gmgan-toy")
     print(f"{out}: {', '.join(made)}")
 
 

@@ -1,24 +1,26 @@
-"""GM-GAN's mixture prior, networks and losses (Sec. 2). The paper gives no architecture: the ledger says where ours come from.
+"""GM-GAN (Sec. 2): the mixture prior, the networks, the losses of Algorithm 1, sampling, the clustering of Algorithm 2.
 
-Toy, points in the plane: two dense networks. Images: a light DCGAN, which halves the image down to 7×7 (28), 4×4 (32), 5×5 (40) or
-6×6 (96), one stride-2 layer each. A discriminator has one output, or one for each class.
+The paper gives no architecture; ledger 5 says where ours comes from. The toy's points have two dense networks. Images
+have a light DCGAN, which halves the image down to 7×7 (from 28), 4×4 (32), 5×5 (40) or 6×6 (96) by stride-2 layers.
 """
 
-import functools
 import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# -------------------------------------------------------------------------------------------------------------- the prior
+from common import classifier, run
+
+# -------------------------------------------------------------------------------------------------------- the prior
 
 
 class Mixture(nn.Module):
     """K equally likely Gaussians N(μ_k, A_k A_kᵀ) in the latent space, eq. (4) and Algorithm 1, lines 1-3.
 
-    means: μ_k ~ U[-c, c]^d.  scales: A_k, all σ I at first (√σ I where σ is a variance): one number where they stay fixed (static),
-    or parameters, as the means are (dynamic): (K, d, d) in full, (K, d) diagonal. K = 1, c = 0 and σ = 1 is the classical N(0, I).
+    means: μ_k ~ U[-c, c]^d.  scales: A_k, all σ I at first (√σ I where σ is a variance).
+    Static: both stay fixed, and the scales are one number. Dynamic: both are parameters, and the scales are (K, d, d),
+    or (K, d) where they are diagonal. K = 1, c = 0 and σ = 1 is the classical N(0, I).
     """
 
     def __init__(self, n_components: int, latent_dim: int, mean_range: float, deviation: float, kind: str):
@@ -33,9 +35,9 @@ class Mixture(nn.Module):
             self.scales = nn.Parameter(deviation * (ones.diag_embed() if kind == "dynamic" else ones))
 
     def forward(self, noise: Tensor, components: Tensor, multiplier: float = 1.0) -> Tensor:
-        """z = A_k ε + μ_k, the re-parametrisation of Sec. 2: noise ε ~ N(0, I), (B, d), and k, (B,), to latent vectors (B, d).
+        """z = A_k ε + μ_k, the re-parametrisation of Sec. 2: latent vectors (B, d) of ε ~ N(0, I), (B, d), and k, (B,).
 
-        multiplier: the σ of Sec. 4.3, on the covariance after training; 1 while training.
+        multiplier: the σ of Sec. 4.3, a factor on the covariance after training; 1 while training.
         """
         scaled = math.sqrt(multiplier) * noise
         if self.scales.dim() == 3:
@@ -45,10 +47,10 @@ class Mixture(nn.Module):
         return self.means[components] + spread
 
 
-# ------------------------------------------------------------------------------------------------------------- networks
+# --------------------------------------------------------------------------------------------------------- networks
 
 
-def stages(height: int) -> int:
+def halvings(height: int) -> int:
     """How often an image is halved: while its side stays even and at least 4. 28 -> 7, 32 -> 4, 40 -> 5, 96 -> 6."""
     n = 0
     while height % 2 == 0 and height // 2 >= 4:
@@ -57,7 +59,10 @@ def stages(height: int) -> int:
 
 
 class ToImage(nn.Module):
-    """(B, H·W·C) to (B, C, H, W), channels last in memory, as every layer around it; two layouts in one gradient cost 15 % of a step."""
+    """(B, H·W·C) to (B, C, H, W), channels last in memory as in the layers around it.
+
+    A gradient of two layouts would cost 15 % of a step.
+    """
 
     def __init__(self, channels: int, side: int):
         super().__init__()
@@ -75,24 +80,31 @@ class ToVector(nn.Module):
 
 
 def generator(inputs: int, shape: tuple[int, ...], width: int, norm: bool) -> nn.Sequential:
-    """From a latent vector (B, inputs) to points (B, 2), or images (B, C, H, W) in [-1, 1]. width: units, or channels next to the image."""
+    """From vectors (B, inputs) to points (B, 2), or to images (B, C, H, W) in [-1, 1].
+
+    width: units of a hidden layer, or channels of the layer next to the image.  norm: with batch normalisation.
+    """
     if len(shape) == 1:
-        return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, *shape))
+        hidden = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+        return nn.Sequential(*hidden, nn.Linear(width, *shape))
     channels, height, _ = shape
-    n = stages(height)
-    side, wide = height >> n, width << (n - 1)  # 28: 7, 2·width
-    layers: list[nn.Module] = [nn.Linear(inputs, wide * side * side), ToImage(wide, side)]  # (2·width, 7, 7)
+    n = halvings(height)
+    side, depth = height >> n, width << (n - 1)  # of 28×28: 7, 2·width
+    layers: list[nn.Module] = [nn.Linear(inputs, depth * side * side), ToImage(depth, side)]  # (2·width, 7, 7)
     while n:
-        layers += [nn.BatchNorm2d(wide), nn.ReLU()] if norm else [nn.ReLU()]
+        layers += [nn.BatchNorm2d(depth), nn.ReLU()] if norm else [nn.ReLU()]
         n -= 1
-        out = wide // 2 if n else channels
-        layers += [nn.ConvTranspose2d(wide, out, 4, stride=2, padding=1)]  # (width, 14, 14), then (C, 28, 28)
-        wide = out
+        out = depth // 2 if n else channels
+        layers += [nn.ConvTranspose2d(depth, out, 4, stride=2, padding=1)]  # (width, 14, 14), then (C, 28, 28)
+        depth = out
     return nn.Sequential(*layers, nn.Tanh())
 
 
 class Discriminator(nn.Module):
-    """Logits of D(x), (B, outputs): the sigmoid of each is a probability. x: points (B, 2), or images (B, C, H, W) in [-1, 1]."""
+    """Logits of D(x), (B, outputs): the sigmoid of each is a probability.
+
+    x: points (B, 2), or images (B, C, H, W) in [-1, 1].
+    """
 
     def __init__(self, shape: tuple[int, ...], outputs: int, width: int, norm: bool):
         super().__init__()
@@ -102,7 +114,7 @@ class Discriminator(nn.Module):
             features = width
         else:
             channels, height, _ = shape
-            for i in range(stages(height)):
+            for i in range(halvings(height)):
                 out = width << i
                 layers.append(nn.Conv2d(channels, out, 4, stride=2, padding=1))  # (width, 14, 14), then (2·width, 7, 7)
                 layers += [nn.BatchNorm2d(out)] if norm and i else []  # none next to the image, as in DCGAN
@@ -127,43 +139,34 @@ def initialise(network: nn.Module) -> None:
                 nn.init.zeros_(m.bias)
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------- pixels, Gaussians, classes
 
 
-def discriminator_loss(real: Tensor, fake: Tensor, targets: Tensor | None) -> Tensor:
-    """L(D), Algorithm 1, lines 10-16: a scalar, nats, 1/(2 b_D) times the sum over both halves of the batch.
-
-    real, fake: logits (b_D, 1), eq. (3); or (b_D, N) with targets (b_D,), the output of each real image's class: that one is to be 1
-    for it and all others 0, and all N are to be 0 for a fake.
-    """
-    wanted = torch.zeros_like(real)
-    wanted.scatter_(1, targets[:, None] if targets is not None else torch.zeros_like(real[:, :1], dtype=torch.int64), 1.0)
-    return (_binary(real, wanted) + _binary(fake, torch.zeros_like(fake))) / 2
+def as_input(x: Tensor) -> Tensor:
+    """uint8 images 0 … 255 brought to [-1, 1] (Sec. 4); floats, and the toy's points, as they are."""
+    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
 
 
-def generator_loss(fake: Tensor, targets: Tensor | None) -> Tensor:
-    """L(G), Algorithm 1, lines 22-26: a scalar, nats. fake: logits (b_G, 1), eq. (2); or (b_G, N) with targets (b_G,), f(k) of each."""
-    wanted = torch.zeros_like(fake)
-    wanted.scatter_(1, targets[:, None] if targets is not None else torch.zeros_like(fake[:, :1], dtype=torch.int64), 1.0)
-    return _binary(fake, wanted)
+def checked_input(x: Tensor) -> Tensor:
+    """`as_input` of what comes from outside. Raises ValueError where images are neither uint8 nor floats in [-1, 1]."""
+    if x.dim() == 4 and x.dtype != torch.uint8 and not (x.is_floating_point() and (x.abs() <= 1).all()):
+        found = f"{x.dtype} from {x.min():g} to {x.max():g}"
+        raise ValueError(f"images: expected uint8, or floats in [-1, 1]; found {found}")
+    return as_input(x)
 
 
-def _binary(logits: Tensor, wanted: Tensor) -> Tensor:
-    """-log D where 1 is wanted, -log(1 - D) where 0: summed over outputs, mean over the batch."""
-    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(1).mean()
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8 0 … 255."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-# ------------------------------------------------------------------------------------- Gaussians and classes, supervised
+def correspondence(n_components: int, n_classes: int, text: str | None) -> tuple[Tensor, Tensor]:
+    """Which output of a supervised discriminator stands for each Gaussian, (K,), and which for each class, (N,).
 
-
-@functools.cache
-def correspondence(n_components: int, n_classes: int, text: str | None, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
-    """Which output of the discriminator stands for each Gaussian, (K,), and for each class, (N,).
-
-    K ≥ N: one output a class, and f: [K] -> [N] sends several Gaussians to one class (Sec. 2). K < N: what the paper calls f: [K] -> [N]
-    cannot be; a map g: [N] -> [K] clusters the classes, with one output a Gaussian. text: the map's values, "0,1,2,0,…": f of each
-    Gaussian, or g of each class; None: k mod N, or n mod K. Made once: a training step copies nothing to its device. Raises ValueError
-    where the text is no such map.
+    K ≥ N: one output a class, and f: [K] -> [N] sends several Gaussians to one class (Sec. 2).
+    K < N: no f: [K] -> [N] does what the paper says; g: [N] -> [K] groups the classes, with one output a Gaussian.
+    text: the map's values, "0,1,2,0,…": f of each Gaussian, or g of each class; None: k mod N, or n mod K.
+    Raises ValueError where the text is no such map.
     """
     k, n = n_components, n_classes
     size, values = (k, n) if k >= n else (n, k)
@@ -174,14 +177,150 @@ def correspondence(n_components: int, n_classes: int, text: str | None, device: 
         try:
             chosen = [int(part) for part in text.split(",")]
         except ValueError:
-            raise ValueError(f"class_map: expected whole numbers with commas, one for each {of}, found {text!r}") from None
+            raise ValueError(f"class_map: expected integers with commas, one for each {of}, found {text!r}") from None
     if len(chosen) != size:
-        raise ValueError(f"class_map: names {len(chosen)} {of}{'es' if of == 'class' else 's'}, expected {size}: K = {k}, N = {n}")
+        plural = "classes" if of == "class" else "Gaussians"
+        raise ValueError(f"class_map: names {len(chosen)} {plural}, expected {size}: K = {k}, N = {n}")
     wrong = [value for value in chosen if not 0 <= value < values]
     if wrong:
         raise ValueError(f"class_map: {to} {wrong[0]} does not exist; expected 0 … {values - 1}")
     missing = sorted(set(range(values)) - set(chosen))
     if missing:
         raise ValueError(f"class_map: leaves {to} {', '.join(map(str, missing))} without a {of}")
-    mapped, own = torch.tensor(chosen, device=device), torch.arange(values, device=device)
+    mapped, own = torch.tensor(chosen), torch.arange(values)
     return (mapped, own) if k >= n else (own, mapped)
+
+
+# --------------------------------------------------------------------------------------------------------- the losses
+
+
+def wanted_outputs(logits: Tensor, outputs: Tensor) -> Tensor:
+    """What D is to say, (B, outputs) as its logits: 1 at the output (B,) of each sample, 0 at all others."""
+    return torch.zeros_like(logits).scatter_(1, outputs[:, None], 1.0)
+
+
+def binary_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    """-log D where 1 is wanted, -log(1 - D) where 0 is: summed over outputs, mean over the batch; a scalar, nats."""
+    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(1).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------- the systems
+
+
+class Gan(nn.Module):
+    """What GM-GAN and AC-GAN (acgan.py) share: how samples are drawn while training and after it.
+
+    Every sample is of a group: a Gaussian of GM-GAN, a class of AC-GAN. A subclass brings `generator`, `discriminator`,
+    `generate`, whether it is `supervised`, and which of D's outputs stands for each group and for each class.
+    """
+
+    def __init__(self, config, supervised: bool):
+        super().__init__()
+        self.config, self.supervised = config, supervised
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def generate(self, epsilon: Tensor, groups: Tensor, multiplier: float = 1.0) -> Tensor:
+        """Points (B, 2), or images (B, C, H, W) in [-1, 1], from noise ε ~ N(0, I), (B, d), and groups (B,).
+
+        multiplier: σ of Sec. 4.3, a factor on the covariance of every Gaussian after training.
+        """
+        raise NotImplementedError
+
+    def draw(self, n: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+        """n generated samples and the group (n,) of each, all groups equally likely: Algorithm 1, lines 7-9, 19-21."""
+        groups = torch.randint(self.config.groups, (n,), generator=noise, device=noise.device)
+        epsilon = torch.randn(n, self.config.latent_dim, generator=noise, device=noise.device)
+        return self.generate(epsilon, groups), groups
+
+    @torch.no_grad()
+    def sample(self, n: int, multiplier: float = 1.0, seed: int = 0, stream: tuple[str, ...] = ("sample",)) -> Tensor:
+        """n samples of each group, group by group, on the CPU.
+
+        Points (groups · n, 2), or uint8 images (groups · n, C, H, W). multiplier: as in `generate`. seed, stream: they
+        name the noise ε, which is the same for every multiplier. Batch normalisation uses its running means.
+        """
+        noise, training, parts = run.generator(seed, *stream), self.training, []
+        self.eval()
+        for groups in torch.arange(self.config.groups).repeat_interleave(n).split(1000):
+            epsilon = torch.randn(len(groups), self.config.latent_dim, generator=noise)
+            made = self.generate(epsilon.to(self.device), groups.to(self.device), multiplier)
+            parts.append((to_bytes(made) if made.dim() == 4 else made).cpu())  # as floats they could be 10 GB
+        self.train(training)
+        return torch.cat(parts)
+
+    def sample_mixture(self, n: int, multiplier: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """n samples of all groups, as equally many of each as possible, and the group (n,) of each. As `sample`."""
+        each = -(-n // self.config.groups)
+        kept = torch.arange(self.config.groups * each).view(-1, each).T.flatten()[:n]  # one of each group in turn
+        return self.sample(each, multiplier, seed)[kept], kept // each
+
+
+class GMGAN(Gan):
+    """GM-GAN, unsupervised or supervised, of a train.Config: the mixture, G and D.
+
+    Unsupervised, D has one output, which stands for every Gaussian and every class: eqs. (2) and (3) are the supervised
+    losses with N = 1.
+    """
+
+    def __init__(self, config):
+        super().__init__(config, config.supervised)
+        k, n, norm = config.components, config.class_count, config.norm == "batch"
+        outputs = min(k, n) if config.supervised else 1
+        self.mixture = Mixture(k, config.latent_dim, config.mean_range, config.deviation, config.mixture)
+        self.generator = generator(config.latent_dim, config.shape, config.width, norm)
+        self.discriminator = Discriminator(config.shape, outputs, config.width, norm)
+        initialise(self.generator)
+        initialise(self.discriminator)
+        of_group, of_class = torch.zeros(k, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
+        if config.supervised and n > 1:  # N = 1: it stands in a folder that was not read yet
+            of_group, of_class = correspondence(k, n, config.class_map)
+        self.register_buffer("output_of_group", of_group, persistent=False)
+        self.register_buffer("output_of_class", of_class, persistent=False)
+
+    def players(self) -> dict[str, list[nn.Parameter]]:
+        """What each player moves: D itself, G itself and a dynamic mixture."""
+        moved_by_g = [*self.generator.parameters(), *self.mixture.parameters()]
+        return {"discriminator": list(self.discriminator.parameters()), "generator": moved_by_g}
+
+    def generate(self, epsilon: Tensor, groups: Tensor, multiplier: float = 1.0) -> Tensor:
+        return self.generator(self.mixture(epsilon, groups, multiplier))
+
+    def discriminator_loss(self, on_real: Tensor, on_fake: Tensor, labels: Tensor) -> Tensor:
+        """L(D), eq. (3) and its supervised form, Algorithm 1, lines 10-16: a scalar, nats.
+
+        on_real, on_fake: D's logits (b_D, outputs) of real and generated samples.  labels: (b_D,), of the real ones.
+        The output of a real sample's class is to be 1 and all others 0; of a fake all are to be 0. Divided by 2 b_D.
+        """
+        real = binary_cross_entropy(on_real, wanted_outputs(on_real, self.output_of_class[labels]))
+        return (real + binary_cross_entropy(on_fake, torch.zeros_like(on_fake))) / 2
+
+    def generator_loss(self, on_fake: Tensor, components: Tensor) -> Tensor:
+        """L(G), eq. (2) and its supervised form, Algorithm 1, lines 22-26: a scalar, nats.
+
+        on_fake: D's logits (b_G, outputs) of generated samples.  components: (b_G,), the Gaussian k of each.
+        The output f(k) is to be 1 and all others 0.
+        """
+        return binary_cross_entropy(on_fake, wanted_outputs(on_fake, self.output_of_group[components]))
+
+    @torch.no_grad()
+    def discriminate(self, x: Tensor) -> Tensor:
+        """D(x), probabilities (B, outputs), of points (B, 2), or of images (B, C, H, W), uint8 or floats in [-1, 1].
+
+        Raises ValueError for other images.
+        """
+        return self.discriminator(checked_input(x)).sigmoid()
+
+    def cluster(self, images: Tensor, seed: int = 0) -> Tensor:
+        """Algorithm 2: the cluster (n,) of each image (n, C, H, W), uint8 or floats in [-1, 1] (else ValueError).
+
+        Trains a K-way classifier on M generated images of each Gaussian, labelled by Gaussian, and asks it.
+        """
+        k, m = self.config.components, self.config.cluster_samples
+        generated = self.sample(m, seed=seed)  # lines 2-4
+        labels = torch.arange(k).repeat_interleave(m)  # lines 5-6
+        network = classifier.train(generated, labels, k, seed, self.device)  # line 7
+        images = images if images.dtype == torch.uint8 else to_bytes(checked_input(images))
+        return classifier.classify(network, images)  # line 8

@@ -1,6 +1,6 @@
-"""The scores of Sec. 3 on images: quality, diversity within and between classes, their combination, the Inception Score.
+"""The scores of Sec. 3 and 5.2: quality, diversity within and between classes, Inception Score, and those of clusters.
 
-Each is a pure function of images, features or classes; which classifier gives those is said in eval.py.
+Each is a pure function of images, features or classes; eval.py says which classifier gives those.
 """
 
 import math
@@ -9,34 +9,41 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.metrics import clustering_accuracy, contingency, normalised_mutual_information
+
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli, Bovik 2003
 WINDOW, WINDOW_DEVIATION = 11, 1.5  # the Gaussian window of SSIM
 
 
 def nearest_distances(features: Tensor, reference: Tensor, batch: int = 1000) -> Tensor:
     """‖c_l(x) - c_l(NN(x))‖₂ of eq. (6), (n,): from each of features (n, d) to the nearest of reference (m, d)."""
-    # cdist finds the nearest by products of matrices, which cost small distances their digits: the distance itself is taken anew.
-    return torch.cat([(part - reference[torch.cdist(part, reference).argmin(1)]).norm(dim=1) for part in features.split(batch)])
+    # cdist finds the nearest by matrix products, which cost small distances their digits: the distance is taken anew.
+    nearest = torch.cat([reference[torch.cdist(part, reference).argmin(1)] for part in features.split(batch)])
+    return (features - nearest).norm(dim=1)
 
 
 def quality(distances: Tensor, log_a: float) -> Tensor:
-    """q(x), eq. (6), (n,): 1 - eᵈ / (eᵈ + a), written as the sigmoid of log a - d, which no distance can overflow. At most a / (1 + a)."""
+    """q(x), eq. (6), (n,): 1 - eᵈ / (eᵈ + a), at most a / (1 + a).
+
+    Written as the sigmoid of log a - d, which no distance d can overflow.
+    """
     return (log_a - distances).sigmoid()
 
 
 def scales(side: int) -> int:
-    """On how many scales MS-SSIM is taken: as many as keep its 11×11 window inside an image of this side, 5 at most. 28: 2, 96: 4."""
+    """On how many scales MS-SSIM is taken: as many as keep its 11×11 window inside, 5 at most. 28: 2, 96: 4."""
     return min(int(math.log2(side / WINDOW)) + 1, len(MS_SSIM_WEIGHTS))
 
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     """MS-SSIM of pairs of images x, y (B, C, H, W) in [0, 1], (B,) in [0, 1].
 
-    Contrast and structure at every scale, luminance at the last, each to its weight; the weights of the scales that are left out are
-    spread over the others, and negative terms count as 0. Raises ValueError where a side is below the window's 11 pixels.
+    Contrast and structure at every scale, luminance at the last, each to its weight. The weights of the scales that are
+    left out are spread over the others; negative terms count as 0. Raises ValueError where a side is below 11 pixels.
     """
     if min(x.shape[-2:]) < WINDOW:
-        raise ValueError(f"MS-SSIM needs images of at least {WINDOW}×{WINDOW} pixels, found {x.shape[-2]}×{x.shape[-1]}")
+        found = f"{x.shape[-2]}×{x.shape[-1]}"
+        raise ValueError(f"MS-SSIM needs images of at least {WINDOW}×{WINDOW} pixels, found {found}")
     weights = torch.tensor(MS_SSIM_WEIGHTS[: scales(min(x.shape[-2:]))])
     weights = (weights / weights.sum()).tolist()
     result = torch.ones(len(x), device=x.device)
@@ -49,7 +56,7 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _ssim(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """SSIM and its factor for contrast and structure alone, each (B,), means over pixels and channels. Constants for the range [0, 1]."""
+    """SSIM and its factor for contrast and structure alone, each (B,), means over pixels and channels; range [0, 1]."""
     c1, c2 = 0.01**2, 0.03**2
     axis = torch.arange(WINDOW, device=x.device, dtype=x.dtype) - WINDOW // 2
     window = (-(axis**2) / (2 * WINDOW_DEVIATION**2)).exp()
@@ -62,10 +69,13 @@ def _ssim(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return (luminance * contrast).mean(1), contrast.mean(1)
 
 
-def intra_class_diversity(images: Tensor, pairs: int, generator: torch.Generator, batch: int = 100) -> tuple[float, float]:
-    """d_intra, eq. (8), and its standard error: 1 - the mean MS-SSIM over all ordered pairs of uint8 images (n, C, H, W), n ≥ 2.
+def intra_class_diversity(
+    images: Tensor, pairs: int, generator: torch.Generator, batch: int = 100
+) -> tuple[float, float]:
+    """d_intra, eq. (8), and its standard error: 1 - the mean MS-SSIM over all ordered pairs of images.
 
-    The n self-pairs, whose MS-SSIM is 1, count exactly; of the other n² - n, `pairs` random ones stand for all.
+    images: uint8 (n, C, H, W), n ≥ 2.  The n self-pairs, whose MS-SSIM is 1, count exactly; `pairs` random ones stand
+    for the other n² - n.
     """
     n = len(images)
     first = torch.randint(n, (pairs,), generator=generator)
@@ -93,10 +103,16 @@ def combined(quality: float, diversity: float) -> float:
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> float:
-    """Eq. (5), exp(E KL(p(y|x) ‖ p(y))), the mean over `splits` parts of logits (n, classes), as in its authors' program."""
+    """Eq. (5), exp(E KL(p(y|x) ‖ p(y))): the mean over `splits` parts of logits (n, classes), as its authors do it."""
     values = []
     for part in logits.double().chunk(splits):
         log_p = part.log_softmax(1)
         log_marginal = log_p.logsumexp(0) - math.log(len(part))
         values.append((log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp())
     return torch.stack(values).mean().item()
+
+
+def clustering(clusters: Tensor, labels: Tensor, n_classes: int) -> dict[str, float]:
+    """ACC, eq. (12), and NMI, eq. (13), of clusters (n,) against labels (n,), as many of the one as of the other."""
+    table = contingency(clusters, labels, n_classes, n_classes)
+    return {"accuracy": clustering_accuracy(table), "nmi": normalised_mutual_information(table)}

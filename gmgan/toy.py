@@ -1,22 +1,23 @@
-"""The toy of Sec. 4.1: 5,000 points of nine Gaussians on {-1, 0, 1}², Σ = 0.1 I, labelled by Gaussian; and how samples are judged there.
+"""The toy of Sec. 4.1, 5,000 points of nine Gaussians on {-1, 0, 1}² labelled by Gaussian, and how samples are judged.
 
-`toy_apart` is the other reading, 0.1 as a standard deviation, as with σ: Gaussians that hardly overlap.
+`toy` has Σ = 0.1 I as printed. `toy_apart` takes 0.1 as a standard deviation, as with σ: its Gaussians hardly overlap.
 
-Its true density is known, so what Sec. 3.2 needs a classifier for is measured directly: quality as the negative log-likelihood of samples,
-diversity as their entropy, both in nats. Their difference is the Kullback-Leibler divergence of the samples from the truth.
+The true density is known, so what Sec. 3.2 needs a classifier for is measured directly: quality as the negative
+log-likelihood of samples, diversity as their entropy, both in nats. Their difference is the Kullback-Leibler divergence
+of the samples from the truth.
 """
 
 import functools
 import hashlib
 import math
-from types import ModuleType
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from common import plots, run
 from common.data import Dataset
-from gmgan.model import correspondence
+from gmgan.model import Gan
 
 MODES = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0])] * 2)  # μ_m, (9, 2)
 VARIANCE = {"toy": 0.1, "toy_apart": 0.1**2}  # Σ_m = 0.1 I, as printed, or (0.1 I)²
@@ -24,19 +25,25 @@ POINTS = 5000  # training points; as many samples are judged
 MULTIPLIERS = tuple(round(0.1 * i, 1) for i in range(5, 21))  # the σ of Sec. 4.3: 0.5, 0.6 … 2.0
 SHOWN_MULTIPLIERS = (0.1, 0.5, 1.0, 2.0)  # of Fig. 4
 WINDOW = 20  # epochs of the running median by which convergence is judged
-EPOCHS_NOTED = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 400, 500)  # of Fig. 5's curve, as far as the run goes
 CLOSE = 0.25  # nats: how near to where it ends the likelihood counts as converged
+EPOCHS_NOTED = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 400, 500)  # the points of Fig. 5's curve
 
 
 @functools.cache
 def dataset(name: str = "toy") -> Dataset:
-    """The points (5000, 2), float32, and the Gaussian (5000,) of each: one draw for all runs, whatever their seeds. No test set."""
+    """The points (5000, 2), float32, and the Gaussian (5000,) of each: one draw for all runs, whatever their seeds.
+
+    There is no test set.
+    """
     generator = run.generator(0, "toy")
     labels = torch.randint(len(MODES), (POINTS,), generator=generator)
     points = MODES[labels] + math.sqrt(VARIANCE[name]) * torch.randn(POINTS, 2, generator=generator)
     names = tuple(f"({x:.0f}, {y:.0f})" for x, y in MODES.tolist())
     digest = hashlib.sha256(points.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
     return Dataset(name, points, labels, points[:0], labels[:0], names, digest, official=True)
+
+
+# ---------------------------------------------------------------------------------------------- measures of points
 
 
 def negative_log_likelihood(points: Tensor, name: str = "toy") -> float:
@@ -47,15 +54,17 @@ def negative_log_likelihood(points: Tensor, name: str = "toy") -> float:
 
 
 def entropy(points: Tensor) -> float:
-    """Differential entropy of the distribution of points (n, 2), n ≥ 2, nats: the nearest-neighbour estimate of Kozachenko and Leonenko,
+    """Differential entropy of the distribution of points (n, 2), n ≥ 2, nats, by nearest neighbours.
 
-    ψ(n) - ψ(1) + log π + 2 E log r, r the distance to a point's nearest other one, at least 1e-9 where points coincide.
+    The estimate of Kozachenko and Leonenko, ψ(n) - ψ(1) + log π + 2 E log r, where r is the distance from a point to
+    the nearest other one, at least 1e-9 where points coincide.
     """
     from scipy.spatial import KDTree
     from scipy.special import digamma
 
-    distances = torch.from_numpy(KDTree(points.double().numpy()).query(points.double().numpy(), k=2)[0][:, 1])
-    return (digamma(len(points)) - digamma(1) + math.log(math.pi) + 2 * distances.clamp(min=1e-9).log().mean()).item()
+    found = KDTree(points.double().numpy()).query(points.double().numpy(), k=2)[0]
+    distances = torch.from_numpy(found[:, 1]).clamp(min=1e-9)
+    return (digamma(len(points)) - digamma(1) + math.log(math.pi) + 2 * distances.log().mean()).item()
 
 
 def nearest_modes(points: Tensor) -> Tensor:
@@ -64,33 +73,54 @@ def nearest_modes(points: Tensor) -> Tensor:
 
 
 def main_modes(points: Tensor, groups: Tensor) -> tuple[float, int]:
-    """How far groups are modes: the share in percent of all points that lie nearest to their group's main mode, and how many modes
+    """How far groups are modes. points: (n, 2), groups: (n,).
 
-    are some group's main one. points: (n, 2), groups: (n,).
+    Returns the share in percent of all points that lie nearest to their group's main mode, and how many modes are some
+    group's main one.
     """
     found = nearest_modes(points)
     counts = torch.stack([found[groups == k].bincount(minlength=len(MODES)) for k in groups.unique()])
     return 100 * counts.max(1).values.sum().item() / len(points), len(counts.argmax(1).unique())
 
 
-def judged(networks: dict, system: ModuleType, config, multiplier: float = 1.0, stream: str = "judged") -> tuple[Tensor, Tensor]:
+def convergence(curve: list[float]) -> dict[str, float]:
+    """How fast the negative log-likelihood of samples gets to where it ends, by its running median over 20 epochs.
+
+    close_after: the epochs after which that median is first within 0.25 nats of its last value.
+    settled_after: those from which on it stays there.
+    mean_nll: the mean over all epochs, the area under Fig. 5's curve.
+    """
+    values = torch.tensor(curve, dtype=torch.float64)
+    window = min(WINDOW, len(values))
+    medians = values.unfold(0, window, 1).median(1).values  # the first is known after `window` epochs
+    away = (medians - medians[-1]).abs() > CLOSE
+    settled = int(away.nonzero()[-1]) + 1 if away.any() else 0
+    return {
+        "close_after": float(window + int((~away).nonzero()[0])),
+        "settled_after": float(window + settled),
+        "mean_nll": values.mean().item(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ measures of a model
+
+
+def samples(model: Gan, multiplier: float = 1.0, stream: str = "judged") -> tuple[Tensor, Tensor]:
     """Samples (about 5,000, 2), equally many of each group, and their groups."""
-    from gmgan.train import generate_many  # train.py imports this file
-
-    n = -(-POINTS // config.groups)
-    made = generate_many(networks, system, config, n, run.generator(0, "toy", stream), multiplier)
-    return made, torch.arange(config.groups).repeat_interleave(n)
+    groups = model.config.groups
+    n = -(-POINTS // groups)
+    return model.sample(n, multiplier, stream=("toy", stream)), torch.arange(groups).repeat_interleave(n)
 
 
-def course(networks: dict, system: ModuleType, config) -> dict[str, float]:
+def course(model: Gan) -> dict[str, float]:
     """What the log notes after each epoch, Fig. 5: the samples' negative log-likelihood."""
-    return {"nll": negative_log_likelihood(judged(networks, system, config, stream="course")[0], config.dataset)}
+    return {"nll": negative_log_likelihood(samples(model, stream="course")[0], model.config.dataset)}
 
 
-def scores(networks: dict, system: ModuleType, config, rows: list[dict]) -> dict[str, float]:
-    """The paper's four claims about the toy as numbers, and the curves of Figs. 4 and 5. rows: the log, one row an epoch."""
-    data = dataset(config.dataset)
-    made, groups = judged(networks, system, config)
+def scores(model: Gan, rows: list[dict]) -> dict[str, float]:
+    """The paper's four claims about the toy as numbers, and the curves of Figs. 4 and 5. rows: the log's, of epochs."""
+    data = dataset(model.config.dataset)
+    made, groups = samples(model)
     nll, own = negative_log_likelihood(made, data.name), entropy(made)
     purity, modes = main_modes(made, groups)
     shares = nearest_modes(made).bincount(minlength=len(MODES)) / len(made)
@@ -105,41 +135,46 @@ def scores(networks: dict, system: ModuleType, config, rows: list[dict]) -> dict
         "data_entropy": entropy(data.train_images),
         "data_purity": main_modes(data.train_images, data.train_labels)[0],
     }
-    if getattr(config, "supervised", True):  # AC-GAN always is
-        of_gaussian, of_class = correspondence(config.groups, len(MODES), getattr(config, "class_map", None))
-        found["samples_of_their_class"] = 100 * (of_class[nearest_modes(made)] == of_gaussian[groups]).float().mean().item()
+    if model.supervised:
+        right = model.output_of_class[nearest_modes(made)] == model.output_of_group[groups]
+        found["samples_of_their_class"] = 100 * right.float().mean().item()
     found |= convergence([row["nll"] for row in rows])  # claim 4: faster than the baselines
-    for row in rows:
-        if row["epoch"] in EPOCHS_NOTED:
-            found[f"nll_after_{row['epoch']}"] = row["nll"]
+    found |= {f"nll_after_{row['epoch']}": row["nll"] for row in rows if row["epoch"] in EPOCHS_NOTED}
     for multiplier in MULTIPLIERS:
-        at = judged(networks, system, config, multiplier)[0]
-        found |= {f"nll_at_{multiplier}": negative_log_likelihood(at, data.name), f"entropy_at_{multiplier}": entropy(at)}
+        at = samples(model, multiplier)[0]
+        found[f"nll_at_{multiplier}"] = negative_log_likelihood(at, data.name)
+        found[f"entropy_at_{multiplier}"] = entropy(at)
     return found
 
 
-def convergence(curve: list[float]) -> dict[str, float]:
-    """How fast the negative log-likelihood of samples gets to where it ends, by its running median over 20 epochs.
-
-    close_after: the epochs after which that median is within 0.25 nats of its last value for the first time; settled_after: those from
-    which on it stays there; mean_nll: the mean over all epochs, the area under Fig. 5's curve.
-    """
-    values = torch.tensor(curve, dtype=torch.float64)
-    window = min(WINDOW, len(values))
-    medians = values.unfold(0, window, 1).median(1).values  # the first is known after `window` epochs
-    away = (medians - medians[-1]).abs() > CLOSE
-    settled = int(away.nonzero()[-1]) + 1 if away.any() else 0
-    return {
-        "close_after": float(window + int((~away).nonzero()[0])),
-        "settled_after": float(window + settled),
-        "mean_nll": values.mean().item(),
-    }
+# ------------------------------------------------------------------------------------------------------------ figures
 
 
-def figures(networks: dict, system: ModuleType, config, rows: list[dict], folder) -> None:
-    """Samples over the data in the colours of their Gaussians (Fig. 3), at several σ (Fig. 4), the likelihood's course (Fig. 5)."""
-    points = dataset(config.dataset).train_images
-    plots.save_scatters({"": (points, *judged(networks, system, config))}, folder / "samples.png")
-    panels = {f"σ = {m:g}": (points, *judged(networks, system, config, m)) for m in SHOWN_MULTIPLIERS}
-    plots.save_scatters(panels, folder / "sigma.png")
+def figures(model: Gan, rows: list[dict], folder: Path) -> None:
+    """Samples over the data in the colours of their Gaussians (Fig. 3), at several σ (Fig. 4); likelihoods (Fig. 5)."""
+    points = dataset(model.config.dataset).train_images
+    save_scatters({"": (points, *samples(model))}, folder / "samples.png")
+    panels = {f"σ = {m:g}": (points, *samples(model, m)) for m in SHOWN_MULTIPLIERS}
+    save_scatters(panels, folder / "sigma.png")
     plots.save_course(rows, folder / "training.png")
+
+
+def save_samples(model: Gan, path: Path) -> None:
+    """200 samples of each group over the data, always of the same noise: what training shows now and then."""
+    groups = torch.arange(model.config.groups).repeat_interleave(200)
+    points = dataset(model.config.dataset).train_images
+    save_scatters({"": (points, model.sample(200, stream=("samples",)), groups)}, path)
+
+
+def save_scatters(panels: dict[str, tuple[Tensor, Tensor, Tensor]], path: Path, columns: int = 4) -> None:
+    """Panel for each named (data (n, 2), samples (m, 2), groups (m,)): data black, samples in their groups' colours."""
+    rows, columns = -(-len(panels) // columns), min(columns, len(panels))
+    figure, all_axes = plots.subplots(rows, columns, figsize=(3.2 * columns, 3.3 * rows), squeeze=False)
+    limit = 1.25 * max(float(data.abs().max()) for data, _, _ in panels.values())
+    for axes in all_axes.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (name, (data, made, groups)) in zip(all_axes.flat, panels.items(), strict=False):
+        axes.scatter(*data.T.numpy(), s=1, c="black", alpha=0.25, linewidths=0)
+        axes.scatter(*made.T.numpy(), s=2, c=groups.numpy(), cmap="tab10", linewidths=0)
+        axes.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    plots.save_figure(figure, path)

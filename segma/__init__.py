@@ -1,0 +1,11 @@
+"""SeGMA: Semi-Supervised Gaussian Mixture Auto-Encoder. `load(folder)` gives a trained run."""
+
+from common import run  # first: it sets OpenMP's variables before torch is imported
+
+
+def load(folder, device="cpu"):
+    """The system trained in `folder` (runs/segma/<experiment>/seed<k>), ready: weights loaded, evaluation mode.
+
+    It is a SeGMA, or for a baseline's run an M1M2 or ADGM. Raises UserError where there is no run, or it is damaged.
+    """
+    return run.load_run("segma", folder, device)[0]

@@ -1,38 +1,39 @@
-"""M1+M2 (Kingma, Mohamed, Rezende, Welling: Semi-supervised Learning with Deep Generative Models, 2014), as SeGMA's baseline.
+"""M1+M2 (Kingma, Mohamed, Rezende, Welling: Semi-Supervised Learning with Deep Generative Models, 2014), a baseline.
 
-    python -m segma.train mnist-m1m2 --seed 0 --data data
+    python -m segma.m1m2 mnist --seed 0 --data data
 
-Two variational auto-encoders, one after the other. M1: x ~ p(x|z1), z1 ~ N(0, I). M2 then takes M1's codes, drawn anew for each
-batch from q(z1|x) with M1 fixed, for its data: z1 ~ p(z1|y, z2), y uniform, z2 ~ N(0, I); its classifier is q(y|z1).
+Two variational auto-encoders, one after the other. M1: x ~ p(x|z1), z1 ~ N(0, I). M2's data are then M1's codes, drawn
+anew for each batch from q(z1|x) with M1 fixed: z1 ~ p(z1|y, z2), y uniform, z2 ~ N(0, I). Its classifier is q(y|z1).
 Equation numbers here are those of that paper; a code is (z2, one-hot y).
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common import run
 from common.run import Count, NonNegative
-from segma.model import convolutional, convolutions, initialise, transposed_convolutions
-from segma.train import Batch, Task, descend
+from segma.model import GenerativeModel, convolutional, convolutions, initialise, transposed_convolutions
+from segma.train import Batch, Task, descend, train
 
 
 @dataclass(frozen=True)
 class Config(Task):
-    module: Literal["m1m2"] = "m1m2"
     m1_latent_dim: Count = 50  # of z1
     m1_hidden_dim: Count = 500  # units of a hidden layer of M1, both sides
-    m1_hidden_layers: Count = 2  # hidden layers of M1, both sides; after and before the convolutions where there are some
+    m1_hidden_layers: Count = 2  # hidden layers of M1, both sides; between the convolutions where there are some
     latent_dim: Count = 50  # of z2
     hidden_dim: Count = 300  # units of a hidden layer of M2: classifier, encoder, decoder
     hidden_layers: Count = 1  # hidden layers of each of the three
     activation: Literal["softplus", "relu"] = "softplus"
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"  # p(x|z1); gaussian: of variance 1
     binarise: bool = False  # draw black-or-white pixels with the grey values as probabilities, anew for each batch
-    posterior_variance: Literal["free", "at_least_one"] = "free"  # of q: log σ² through a softplus, as in the open repository
+    posterior_variance: Literal["free", "at_least_one"] = "free"  # of q; at_least_one: log σ² through a softplus
     labelled_weight: NonNegative = 100 / 60_000  # of the mean labelled bound; the mean unlabelled bound weighs 1
     label_weight: NonNegative = 0.1  # α, of the mean cross-entropy of q(y|z1)
     m1_epochs: Count = 100  # the first so many epochs train M1, the others M2
@@ -40,10 +41,14 @@ class Config(Task):
     def __post_init__(self):
         super().__post_init__()
         if self.m1_epochs >= self.epochs:
-            raise ValueError(f"m1_epochs: {self.m1_epochs} of {self.epochs} epochs leave none for M2; give fewer, or more --epochs")
+            left = f"{self.m1_epochs} of {self.epochs} epochs leave none for M2"
+            raise ValueError(f"m1_epochs: {left}; give fewer, or more --epochs")
+
+    def build(self) -> nn.Module:
+        return M1M2(self)
 
 
-# ------------------------------------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------------------------- networks, for ADGM as well
 
 
 class Softplus(nn.Module):
@@ -54,9 +59,10 @@ class Softplus(nn.Module):
 
 
 class Dense(nn.Module):
-    """Hidden layers from several inputs to one or more heads. Inputs are joined by adding what the first layer makes of each,
+    """Hidden layers from several inputs to one or more heads.
 
-    which is that layer on their concatenation; their leading dimensions broadcast, so that an image meets each class once.
+    Each input has its part of the first layer, and the parts' outputs are added. This equals one layer on the
+    concatenation. The inputs' leading dimensions broadcast, so that an image meets each class once.
     """
 
     def __init__(self, inputs: list[int], hidden: list[int], heads: list[int], activation: nn.Module):
@@ -77,49 +83,31 @@ class Dense(nn.Module):
         return outputs if len(outputs) > 1 else outputs[0]
 
 
-def build(config: Config) -> dict[str, nn.Module]:
-    """Every trained part by name. Weights Glorot normal, biases 0 (the open repository), in the order of the paper's text."""
-    activation = Softplus() if config.activation == "softplus" else nn.ReLU()
-    m1_hidden, m2_hidden = [config.m1_hidden_dim] * config.m1_hidden_layers, [config.hidden_dim] * config.hidden_layers
-    z1, z2, k, pixels = config.m1_latent_dim, config.latent_dim, config.n_components, math.prod(config.image_shape)
-    if convolutional(config.image_shape):
-        features, images, n = convolutions(), nn.Sequential(nn.ReLU(), transposed_convolutions()), 1024
-    else:
-        features, images, n = nn.Flatten(), nn.Unflatten(1, config.image_shape), pixels
-    networks = {
-        "features": features,  # (B, C, H, W) -> (B, 1024), or flattened
-        "q_z1": Dense([n], m1_hidden, [z1, z1], activation),  # q(z1|x): mean, log σ²
-        "p_x": nn.Sequential(Dense([z1], m1_hidden, [n], activation), images),  # p(x|z1): logits, (B, C, H, W)
-        "q_y": Dense([z1], m2_hidden, [k], activation),  # q(y|z1): logits
-        "q_z2": Dense([z1, k], m2_hidden, [z2, z2], activation),  # q(z2|z1, y): mean, log σ²
-        "p_z1": Dense([z2, k], m2_hidden, [z1, z1], activation),  # p(z1|z2, y): mean, log σ²
-    }
-    for network in networks.values():
-        initialise(network, nn.init.xavier_normal_)
-    return networks
+def image_ends(image_shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module, int]:
+    """From images (B, C, H, W) to features (B, n), from features back to logits (B, C, H, W), and n.
+
+    Flattened; or, of 64×64 images in colour, the appendix's convolutions.
+    """
+    if convolutional(image_shape):
+        return convolutions(), nn.Sequential(nn.ReLU(), transposed_convolutions()), 1024
+    return nn.Flatten(), nn.Unflatten(1, image_shape), math.prod(image_shape)
 
 
-def examples(config: Config) -> dict[str, Tensor | tuple[Tensor, ...]]:
-    z1, z2, y = torch.zeros(1, config.m1_latent_dim), torch.zeros(1, config.latent_dim), torch.zeros(1, config.n_components or 1)
-    n = 1024 if convolutional(config.image_shape) else math.prod(config.image_shape)
-    inputs = {"q_z1": torch.zeros(1, n), "p_x": z1, "q_y": z1, "q_z2": (z1, y), "p_z1": (z2, y)}
-    return {"features": torch.zeros(1, *config.image_shape), **inputs}
-
-
-# ------------------------------------------------------------------------------------------------------------ densities
+# ------------------------------------------------------------------------------------------ densities, for ADGM as well
 
 
 def spread(log_variance: Tensor, config) -> Tensor:
     """log σ² of a Gaussian from its network's output, (…, D). at_least_one is the open repository's reading: σ² ≥ 1.
 
-    Of every q, and of ADGM's p(a|x, z, y). M2's p(z1|z2, y) is free: the open repository has no such density (ledger 33).
+    For every q, and ADGM's p(a|x, z, y). M2's p(z1|z2, y) is free: the open repository has no such density (ledger 33).
     """
     return F.softplus(log_variance) if config.posterior_variance == "at_least_one" else log_variance
 
 
 def draw(mean: Tensor, log_variance: Tensor, noise: torch.Generator) -> Tensor:
     """A sample of N(mean, σ²), (…, D), through which gradients flow."""
-    return mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=noise, device=mean.device, dtype=mean.dtype)
+    epsilon = torch.randn(mean.shape, generator=noise, device=mean.device, dtype=mean.dtype)
+    return mean + (log_variance / 2).exp() * epsilon
 
 
 def log_normal(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -138,8 +126,8 @@ class softplus(torch.autograd.Function):  # noqa: N801, used as a function
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        wide = x.float() if x.dtype == torch.bfloat16 else x
-        return (wide.clamp(min=0) - wide.abs().sigmoid_().log_()).to(x.dtype)
+        float_x = x.float() if x.dtype == torch.bfloat16 else x
+        return (float_x.clamp(min=0) - float_x.abs().sigmoid_().log_()).to(x.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
@@ -147,7 +135,7 @@ class softplus(torch.autograd.Function):  # noqa: N801, used as a function
 
 
 class log_bernoulli(torch.autograd.Function):  # noqa: N801, used as a function
-    """Σ x l - log(1 + eˡ) over the last dimension, x the data and l the logits: (…, P) each -> (…). In as few passes as can be."""
+    """Σ x l - log(1 + eˡ) over the last dimension, x the data and l the logits: (…, P) each -> (…), in few passes."""
 
     @staticmethod
     def forward(ctx, x: Tensor, logits: Tensor) -> Tensor:
@@ -164,7 +152,7 @@ class log_bernoulli(torch.autograd.Function):  # noqa: N801, used as a function
 
 
 def log_likelihood(x: Tensor, logits: Tensor, likelihood: str) -> Tensor:
-    """log p(x | codes) summed over pixels, for decoder output `logits`, whose sigmoid is the mean image; both (…, P) -> (…).
+    """log p(x | codes) summed over pixels, both (…, P) -> (…). logits: the decoder's, their sigmoid is the mean image.
 
     bernoulli: grey values count as expectations of black-or-white ones. gaussian: variance 1.
     """
@@ -178,90 +166,134 @@ def as_data(x: Tensor, config, noise: torch.Generator) -> Tensor:
     return torch.bernoulli(x, generator=noise) if config.binarise else x
 
 
-# --------------------------------------------------------------------------------------------------------------- bounds
+# ---------------------------------------------------------------------------------------------------------- the systems
 
 
-def m1_bound(networks: dict[str, nn.Module], x: Tensor, config: Config, noise: torch.Generator, precision: str = "fp32") -> Tensor:
-    """Eq. (5): E_q(z1|x) log p(x|z1) - KL(q(z1|x) ‖ p(z1)) ≤ log p(x), by one sample. x: (B, C, H, W) -> (B,), nats."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        mean, log_variance = networks["q_z1"](networks["features"](x))
-        log_variance = spread(log_variance, config)
-        logits = networks["p_x"](draw(mean, log_variance, noise))
-    logits = logits.float() if precision == "bf16" else logits
-    return log_likelihood(x.flatten(1), logits.flatten(1), config.likelihood) - kl_from_standard(mean, log_variance)
+class ClassConditional(GenerativeModel):
+    """A model whose class is a variable of its own: a code (D = Z + K) is z followed by the one-hot y."""
+
+    @property
+    def priors(self) -> Tensor:
+        """p(y), (K,): uniform."""
+        k = self.config.components
+        return torch.full((k,), 1 / k, device=self.device)
+
+    def split(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """z (…, Z) and y (…, K) of codes (…, Z + K)."""
+        return codes.tensor_split([-self.config.components], -1)
+
+    def one_hot(self, y: Tensor, like: Tensor) -> Tensor:
+        """Classes (n,) as rows (n, K) of one 1 each, of the type of `like`."""
+        return F.one_hot(y, self.config.components).to(like.dtype)
+
+    def classify(self, z: Tensor) -> Tensor:
+        """The class (n,) in each code z (n, Z + K)."""
+        return self.split(z)[1].argmax(1)
+
+    def place(self, noise: Tensor, components: Tensor) -> Tensor:
+        """Codes (B, Z + K) of z = noise (B, Z) and class components (B,)."""
+        return torch.cat([noise, self.one_hot(components, noise)], 1)
 
 
-def labelled_bound(networks: dict[str, nn.Module], z1: Tensor, y: Tensor, config: Config, noise: torch.Generator) -> Tensor:
-    """-L(z1, y), eq. (6): E_q(z2|z1,y) log p(z1|z2, y) + log p(y) - KL(q(z2|z1,y) ‖ p(z2)) ≤ log p(z1, y), by one sample.
+class M1M2(ClassConditional):
+    """M1 and M2, of a Config. Weights Glorot normal, biases 0 (the open repository)."""
 
-    z1: (…, Z1), y: (…, K) one-hot, their leading dimensions broadcast. Returns (…), nats.
-    """
-    mean, log_variance = networks["q_z2"](z1, y)
-    log_variance = spread(log_variance, config)
-    z2 = draw(mean, log_variance, noise)
-    log_p_z1 = log_normal(z1, *networks["p_z1"](z2, y))
-    return log_p_z1 - math.log(y.shape[-1]) - kl_from_standard(mean, log_variance)
+    def __init__(self, config: Config):
+        super().__init__(config)
+        activation = Softplus() if config.activation == "softplus" else nn.ReLU()
+        m1_hidden = [config.m1_hidden_dim] * config.m1_hidden_layers
+        m2_hidden = [config.hidden_dim] * config.hidden_layers
+        z1, z2, k = config.m1_latent_dim, config.latent_dim, config.components
+        features, images, n = image_ends(config.image_shape)
+        self.features = features
+        self.q_z1 = Dense([n], m1_hidden, [z1, z1], activation)  # q(z1|x): mean, log σ²
+        self.p_x = nn.Sequential(Dense([z1], m1_hidden, [n], activation), images)  # p(x|z1): logits, (B, C, H, W)
+        self.q_y = Dense([z1], m2_hidden, [k], activation)  # q(y|z1): logits
+        self.q_z2 = Dense([z1, k], m2_hidden, [z2, z2], activation)  # q(z2|z1, y): mean, log σ²
+        self.p_z1 = Dense([z2, k], m2_hidden, [z1, z1], activation)  # p(z1|z2, y): mean, log σ²
+        for network in self.children():
+            initialise(network, nn.init.xavier_normal_)
 
+    def m1_bound(self, x: Tensor, noise: torch.Generator, precision: str = "fp32") -> Tensor:
+        """Eq. (5): E_q(z1|x) log p(x|z1) - KL(q(z1|x) ‖ p(z1)) ≤ log p(x), by one sample.
 
-def unlabelled_bound(networks: dict[str, nn.Module], z1: Tensor, config: Config, noise: torch.Generator) -> Tensor:
-    """-U(z1), eq. (7): Σ_y q(y|z1) (-L(z1, y) - log q(y|z1)) ≤ log p(z1), the sum over all classes. z1: (B, Z1) -> (B,), nats."""
-    log_q = networks["q_y"](z1).log_softmax(-1)  # (B, K)
-    y = torch.eye(log_q.shape[-1], device=z1.device, dtype=z1.dtype)[None]  # (1, K, K): each class for each image
-    bounds = labelled_bound(networks, z1[:, None], y, config, noise)  # (B, K)
-    return (log_q.exp() * (bounds - log_q)).sum(-1)
+        x: (B, C, H, W) -> (B,), nats.
+        """
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            mean, log_variance = self.q_z1(self.features(x))
+            log_variance = spread(log_variance, self.config)
+            logits = self.p_x(draw(mean, log_variance, noise))
+        logits = logits.float() if precision == "bf16" else logits
+        log_p_x = log_likelihood(x.flatten(1), logits.flatten(1), self.config.likelihood)
+        return log_p_x - kl_from_standard(mean, log_variance)
+
+    def labelled_bound(self, z1: Tensor, y: Tensor, noise: torch.Generator) -> Tensor:
+        """-L(z1, y), eq. (6): E_q(z2|z1,y) log p(z1|z2, y) + log p(y) - KL(q(z2|z1,y) ‖ p(z2)) ≤ log p(z1, y).
+
+        By one sample. z1: (…, Z1), y: (…, K) one-hot, their leading dimensions broadcast. Returns (…), nats.
+        """
+        mean, log_variance = self.q_z2(z1, y)
+        log_variance = spread(log_variance, self.config)
+        z2 = draw(mean, log_variance, noise)
+        log_p_z1 = log_normal(z1, *self.p_z1(z2, y))
+        return log_p_z1 - math.log(y.shape[-1]) - kl_from_standard(mean, log_variance)
+
+    def unlabelled_bound(self, z1: Tensor, noise: torch.Generator) -> Tensor:
+        """-U(z1), eq. (7): Σ_y q(y|z1) (-L(z1, y) - log q(y|z1)) ≤ log p(z1), the sum over all classes.
+
+        z1: (B, Z1) -> (B,), nats.
+        """
+        log_q = self.q_y(z1).log_softmax(-1)  # (B, K)
+        y = torch.eye(log_q.shape[-1], device=z1.device, dtype=z1.dtype)[None]  # (1, K, K): each class for each image
+        bounds = self.labelled_bound(z1[:, None], y, noise)  # (B, K)
+        return (log_q.exp() * (bounds - log_q)).sum(-1)
+
+    def m2_loss(self, batch: Batch, precision: str = "fp32") -> dict[str, Tensor]:
+        """M2's objective, eq. (9), over the number of images, and its terms: scalars, nats. M1 is fixed."""
+        config, noise, n = self.config, batch.noise, len(batch.unlabelled)
+        with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with torch.no_grad():
+                x = as_data(torch.cat([batch.unlabelled, batch.labelled]), config, noise)
+                mean, log_variance = self.q_z1(self.features(x))
+                z1 = draw(mean, spread(log_variance, config), noise)
+            bound_u = self.unlabelled_bound(z1[:n], noise).mean()
+            bound_l = self.labelled_bound(z1[n:], self.one_hot(batch.labels, z1), noise).mean()
+            cross_entropy = F.cross_entropy(self.q_y(z1[n:]), batch.labels)
+        loss = -bound_u - config.labelled_weight * bound_l + config.label_weight * cross_entropy
+        return {"loss": loss, "unlabelled_bound": bound_u, "labelled_bound": bound_l, "cross_entropy": cross_entropy}
+
+    def codes_of(self, x: Tensor) -> Tensor:
+        """Codes (B, Z2 + K) of images x (B, C, H, W) in [0, 1]: the mean of q(z2|z1, y), and one-hot y.
+
+        z1 is the mean of q(z1|x), y the most probable class of q(y|z1).
+        """
+        z1, _ = self.q_z1(self.features(x))
+        y = self.one_hot(self.q_y(z1).argmax(-1), z1)
+        return torch.cat([self.q_z2(z1, y)[0], y], 1)
+
+    def images_of(self, z: Tensor) -> Tensor:
+        """Mean images (B, C, H, W) in [0, 1]: of p(x|z1) at the mean of p(z1|z2, y). y may lie between two one-hots."""
+        return self.p_x(self.p_z1(*self.split(z))[0]).sigmoid()
 
 
 def train_step(
-    networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, batch: Batch, config: Config, precision: str = "fp32"
+    model: M1M2, optimizer: torch.optim.Optimizer, batch: Batch, precision: str = "fp32"
 ) -> dict[str, Tensor]:
-    """One step up M1's bound, or, once M1 is done, up M2's objective, eq. (9). Returns its terms, scalars on the device."""
+    """One step up M1's bound, or, once M1 is done, down M2's objective. Returns the terms, scalars on the device."""
     if batch.m1_alone:
-        bound = m1_bound(networks, as_data(batch.unlabelled, config, batch.noise), config, batch.noise, precision).mean()
-        return {"loss": -bound, "m1_bound": bound, "grad_norm": descend(-bound, optimizer, config)}
-
-    with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        with torch.no_grad():  # M1 is fixed
-            x = as_data(torch.cat([batch.unlabelled, batch.labelled]), config, batch.noise)
-            mean, log_variance = networks["q_z1"](networks["features"](x))
-            z1 = draw(mean, spread(log_variance, config), batch.noise)
-        unlabelled, labelled = z1[: len(batch.unlabelled)], z1[len(batch.unlabelled) :]
-        y = F.one_hot(batch.labels, config.n_components).to(z1.dtype)
-        bound_u = unlabelled_bound(networks, unlabelled, config, batch.noise).mean()
-        bound_l = labelled_bound(networks, labelled, y, config, batch.noise).mean()
-        cross_entropy = F.cross_entropy(networks["q_y"](labelled), batch.labels)
-    loss = -bound_u - config.labelled_weight * bound_l + config.label_weight * cross_entropy  # eq. (9), over the number of images
-    grad_norm = descend(loss, optimizer, config)
-    return {"loss": loss, "unlabelled_bound": bound_u, "labelled_bound": bound_l, "cross_entropy": cross_entropy, "grad_norm": grad_norm}
+        x = as_data(batch.unlabelled, model.config, batch.noise)
+        bound = model.m1_bound(x, batch.noise, precision).mean()
+        terms = {"loss": -bound, "m1_bound": bound}
+    else:
+        terms = model.m2_loss(batch, precision)
+    return {**terms, "grad_norm": descend(terms["loss"], optimizer, model.config)}
 
 
-# ---------------------------------------------------------------------- what any of the systems can do, as in segma/model.py
+def main(argv: list[str] | None = None) -> None:
+    run.start("segma.m1m2", Config, partial(train, step=train_step), argv)
 
 
-def encode(networks: dict[str, nn.Module], x: Tensor) -> Tensor:
-    """Codes (B, Z2 + K): the mean of q(z2|z1, y) and one-hot y, at the mean z1 of q(z1|x) and the most probable y of q(y|z1)."""
-    z1, _ = networks["q_z1"](networks["features"](x))
-    logits = networks["q_y"](z1)
-    y = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(z1.dtype)
-    return torch.cat([networks["q_z2"](z1, y)[0], y], 1)
+if __name__ == "__main__":
+    from segma.m1m2 import main  # under its own name, so that Config exists once
 
-
-def decode(networks: dict[str, nn.Module], codes: Tensor) -> Tensor:
-    """Mean images (B, C, H, W) in [0, 1]: of p(x|z1) at the mean of p(z1|z2, y). y may lie between two one-hots."""
-    z2, y = codes.tensor_split([-networks["q_y"].heads[0].out_features], 1)
-    return networks["p_x"](networks["p_z1"](z2, y)[0]).sigmoid()
-
-
-def classes(networks: dict[str, nn.Module], codes: Tensor) -> Tensor:
-    """The class (B,) in each code."""
-    return codes[:, -networks["q_y"].heads[0].out_features :].argmax(1)
-
-
-def priors(networks: dict[str, nn.Module]) -> Tensor:
-    """p(y), (K,): uniform."""
-    k = networks["q_y"].heads[0].out_features
-    return torch.full((k,), 1 / k)
-
-
-def place(networks: dict[str, nn.Module], noise: Tensor, components: Tensor) -> Tensor:
-    """Codes (B, Z2 + K) of z2 = noise (B, Z2) and class components (B,)."""
-    return torch.cat([noise, F.one_hot(components, networks["q_y"].heads[0].out_features).to(noise.dtype)], 1)
+    run.exit_with(main)

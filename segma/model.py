@@ -1,6 +1,7 @@
-"""SeGMA's networks, mixture, distances and losses: Secs. III to VI of the paper, no training.
+"""SeGMA: networks, mixture, distances and losses, Secs. III to VI of the paper.
 
-Encoder E: x -> z.  Decoder D: z -> x.  Mixture: P_Z = Σ_k p_k N(μ_k, I), the means trained, the priors set from the known labels.
+Encoder E: x -> z.  Decoder D: z -> x.  Mixture: P_Z = Σ_k p_k N(μ_k, I), the means trained, the priors set from the
+known labels.  The equations come first, one function each; the class SeGMA at the end is built from them.
 """
 
 import math
@@ -9,10 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# ------------------------------------------------------------------------------------ networks, Sec. VI-A and the appendix
+from common import run
+
+# --------------------------------------------------------------------------------- networks, Sec. VI-A and the appendix
 
 
-def mlp_encoder(image_shape: tuple[int, int, int], hidden: int, layers: int, latent_dim: int) -> nn.Sequential:
+def mlp_encoder(image_shape: tuple[int, ...], hidden: int, layers: int, latent_dim: int) -> nn.Sequential:
     """MNIST: 784 - 1024 - 1024 - 10, ReLU. In: (B, C, H, W) in [0, 1]; out: codes (B, D), unbounded."""
     sizes = [math.prod(image_shape)] + [hidden] * layers
     stack: list[nn.Module] = [nn.Flatten()]  # (B, C·H·W)
@@ -21,7 +24,7 @@ def mlp_encoder(image_shape: tuple[int, int, int], hidden: int, layers: int, lat
     return nn.Sequential(*stack, nn.Linear(hidden, latent_dim))  # (B, D)
 
 
-def mlp_decoder(image_shape: tuple[int, int, int], hidden: int, layers: int, latent_dim: int) -> nn.Sequential:
+def mlp_decoder(image_shape: tuple[int, ...], hidden: int, layers: int, latent_dim: int) -> nn.Sequential:
     """MNIST: 10 - 1024 - 1024 - 784, ReLU, sigmoid out. In: codes (B, D); out: (B, C, H, W) in [0, 1]."""
     sizes = [latent_dim] + [hidden] * layers
     stack: list[nn.Module] = []
@@ -34,7 +37,7 @@ def mlp_decoder(image_shape: tuple[int, int, int], hidden: int, layers: int, lat
 def convolutions() -> nn.Sequential:
     """Appendix: four 4×4 convolutions of stride 2, ReLU. In: (B, 3, 64, 64) in [0, 1]; out: (B, 1024), not negative."""
     stack: list[nn.Module] = []
-    for before, after in ((3, 32), (32, 32), (32, 64), (64, 64)):  # (B, ·, 32, 32), (B, ·, 16, 16), (B, ·, 8, 8), (B, ·, 4, 4)
+    for before, after in ((3, 32), (32, 32), (32, 64), (64, 64)):  # sides 32, 16, 8, 4
         stack += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
     return nn.Sequential(*stack, nn.Flatten())  # (B, 1024)
 
@@ -42,7 +45,7 @@ def convolutions() -> nn.Sequential:
 def transposed_convolutions() -> nn.Sequential:
     """Appendix: the way back, 64 - 32 - 32 - 3 filters. In: (B, 1024); out: (B, 3, 64, 64), unbounded."""
     stack: list[nn.Module] = [nn.Unflatten(1, (64, 4, 4))]  # (B, 64, 4, 4)
-    for before, after in ((64, 64), (64, 32), (32, 32)):  # (B, ·, 8, 8), (B, ·, 16, 16), (B, ·, 32, 32)
+    for before, after in ((64, 64), (64, 32), (32, 32)):  # sides 8, 16, 32
         stack += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
     return nn.Sequential(*stack, nn.ConvTranspose2d(32, 3, 4, stride=2, padding=1))  # (B, 3, 64, 64)
 
@@ -53,41 +56,16 @@ def conv_encoder(hidden: int, layers: int, latent_dim: int) -> nn.Sequential:
 
 
 def conv_decoder(hidden: int, layers: int, latent_dim: int) -> nn.Sequential:
-    """CelebA: 32 - 786 - 786 - 1024, ReLU, the transposed convolutions, sigmoid out. In: codes (B, D); out: (B, 3, 64, 64) in [0, 1]."""
+    """CelebA: 32 - 786 - 786 - 1024, ReLU, the transposed convolutions, sigmoid out.
+
+    In: codes (B, D); out: (B, 3, 64, 64) in [0, 1].
+    """
     dense = mlp_decoder((1024,), hidden, layers, latent_dim)[:-2]  # without its image shape and its sigmoid
     return nn.Sequential(*dense, nn.ReLU(), *transposed_convolutions(), nn.Sigmoid())
 
 
-class Mixture(nn.Module):
-    """The target distribution in latent space, P_Z = Σ_k p_k N(μ_k, I) (Definition 1).
-
-    means: (K, D), μ_k, trained.  priors: (K,), p_k, summing to 1: the class proportions among the known labels, not trained.
-    """
-
-    def __init__(self, n_components: int, latent_dim: int):
-        super().__init__()
-        self.means = nn.Parameter(torch.zeros(n_components, latent_dim))
-        self.register_buffer("priors", torch.full((n_components,), 1 / n_components))
-
-
-def build(config) -> dict[str, nn.Module]:
-    """Every trained part by name, freshly initialised from torch's global random state. config: a train.Config."""
-    shape, hidden, dim = config.image_shape, config.hidden_dim, config.latent_dim
-    layers = config.hidden_layers, config.decoder_layers or config.hidden_layers
-    if convolutional(shape):
-        networks = {"encoder": conv_encoder(hidden, layers[0], dim), "decoder": conv_decoder(hidden, layers[1], dim)}
-    else:
-        networks = {"encoder": mlp_encoder(shape, hidden, layers[0], dim), "decoder": mlp_decoder(shape, hidden, layers[1], dim)}
-    for network in networks.values():
-        initialise(network, nn.init.xavier_uniform_)
-    mixture = Mixture(config.n_components, config.latent_dim)
-    with torch.no_grad():
-        mixture.means.copy_(initial_means(config.n_components, config.latent_dim, config.mean_init))
-    return {**networks, "mixture": mixture}
-
-
-def convolutional(image_shape: tuple[int, int, int]) -> bool:
-    """Whether images of this shape get the appendix's convolutions: those of CelebA, 3×64×64. The others are flattened."""
+def convolutional(image_shape: tuple[int, ...]) -> bool:
+    """Whether images of this shape get the appendix's convolutions: 3×64×64, CelebA's. Others are flattened."""
     return tuple(image_shape) == (3, 64, 64)
 
 
@@ -98,6 +76,22 @@ def initialise(network: nn.Module, weights: Callable[[Tensor], Tensor]) -> None:
             weights(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+# -------------------------------------------------------------------------------------------- the mixture, Definition 1
+
+
+class Mixture(nn.Module):
+    """The target distribution in latent space, P_Z = Σ_k p_k N(μ_k, I) (Definition 1).
+
+    means: (K, D), μ_k, trained.
+    priors: (K,), p_k, summing to 1: the class proportions among the known labels (Sec. V), not trained.
+    """
+
+    def __init__(self, n_components: int, latent_dim: int, mean_init: float):
+        super().__init__()
+        self.means = nn.Parameter(initial_means(n_components, latent_dim, mean_init))
+        self.register_buffer("priors", torch.full((n_components,), 1 / n_components))
 
 
 def initial_means(n_components: int, latent_dim: int, scale: float) -> Tensor:
@@ -113,11 +107,11 @@ def initial_means(n_components: int, latent_dim: int, scale: float) -> Tensor:
     return means + 0.001 * torch.randn_like(means)
 
 
-# ------------------------------------------------------------------------------------ the Cramer-Wold distance, Sec. III
+# ----------------------------------------------------------------------------------- the Cramer-Wold distance, Sec. III
 
 
 def phi(s: Tensor, dim: int) -> Tensor:
-    """φ_D(s) ≈ (1 + 4s / (2D - 3))^(-1/2), below eq. (3): the asymptotic form of 1F1(1/2; D/2; -s) for D ≥ 10. s ≥ 0."""
+    """φ_D(s) ≈ (1 + 4s / (2D - 3))^(-1/2), s ≥ 0, below eq. (3): asymptotically 1F1(1/2; D/2; -s), for D ≥ 10."""
     return torch.rsqrt(1 + 4 * s / (2 * dim - 3))
 
 
@@ -133,11 +127,11 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cramer_wold_distance(z: Tensor, means: Tensor, priors: Tensor, gamma: float, phi: Callable = phi) -> Tensor:
-    """Squared Cramer-Wold distance d²_γ between a sample and a mixture of unit Gaussians, eq. (8); with K = 1, μ = 0, eq. (4).
+    """Squared Cramer-Wold distance d²_γ of a sample and a mixture of unit Gaussians, eq. (8); K = 1, μ = 0: eq. (4).
 
     z: (m, D) latent codes.  means: (K, D), μ_k.  priors: (K,), p_k, summing to 1.  gamma: kernel bandwidth γ > 0.
-    Returns a scalar. Closed form: nothing is sampled. Valid for D ≥ 10, where φ_D is within 2.3 % of the exact one, which
-    `phi` may replace; with the asymptotic φ_D the distance of a perfect fit is a few 0.001, not 0.
+    Returns a scalar. Closed form: nothing is sampled. Valid for D ≥ 10, where φ_D is within 2.3 % of the exact one.
+    With it the distance of a perfect fit is a few 0.001, not 0; `phi` may be replaced by the exact one.
     """
     dim = z.shape[1]
     rows = z.split(2048)  # of the (m, m) matrix: a batch is one block, a whole test set does not fill the memory
@@ -148,9 +142,9 @@ def cramer_wold_distance(z: Tensor, means: Tensor, priors: Tensor, gamma: float,
 
 
 def sampled_distance(z: Tensor, samples: Tensor, gamma: float, phi: Callable = phi) -> Tensor:
-    """What eq. (8) would be estimated by if the mixture were sampled, as MMDs are: eq. (4)'s kernel over two samples; a scalar.
+    """What would estimate eq. (8) if the mixture were sampled, as for other MMDs: eq. (4)'s kernel over two samples.
 
-    z: (m, D), samples: (n, D). Not used in training; eval.py measures it against the closed form.
+    z: (m, D), samples: (n, D). Returns a scalar. Not used in training; eval.py compares it with the closed form.
     """
     dim = z.shape[1]
 
@@ -161,11 +155,11 @@ def sampled_distance(z: Tensor, samples: Tensor, gamma: float, phi: Callable = p
 
 
 def silverman_bandwidth(samples_per_class: float) -> float:
-    """γ = (4 / (3 N_c))^(2/5), Sec. VI-A. samples_per_class: N_c > 0, the codes of one batch that the distance sees, over K."""
+    """γ = (4 / (3 N_c))^(2/5), Sec. VI-A. samples_per_class: N_c > 0, the number of codes that d² sees, over K."""
     return (4 / (3 * samples_per_class)) ** 0.4
 
 
-# ------------------------------------------------------------------------------------------------ losses, Secs. III to V
+# ----------------------------------------------------------------------------------------------- losses, Secs. III to V
 
 
 def reconstruction_error(x: Tensor, reconstruction: Tensor) -> Tensor:
@@ -176,7 +170,8 @@ def reconstruction_error(x: Tensor, reconstruction: Tensor) -> Tensor:
 def bernoulli_error(x: Tensor, logits: Tensor) -> Tensor:
     """Cross-entropy of each pixel taken as a Bernoulli's probability, summed over pixels, mean over images (ledger 49).
 
-    x: (n, C, H, W) in [0, 1]; logits: the same shape, of which the sigmoid is the reconstruction. Nats, a scalar ≥ 0, in fp32 or wider.
+    x: (n, C, H, W) in [0, 1]; logits: of the same shape, their sigmoid is the reconstruction. A scalar ≥ 0 in nats, at
+    least in fp32.
     """
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     return nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1).mean()
@@ -193,51 +188,160 @@ def log_posterior(z: Tensor, means: Tensor, priors: Tensor) -> Tensor:
 
 
 def classification_loss(z: Tensor, labels: Tensor, means: Tensor, priors: Tensor) -> Tensor:
-    """Cross-entropy of the Gaussian classifier on labelled codes, eq. (5). z: (n, D), labels: (n,); nats, a scalar ≥ 0."""
+    """Cross-entropy of the Gaussian classifier on labelled codes, eq. (5): a scalar, nats. z: (n, D), labels: (n,)."""
     return nn.functional.nll_loss(log_posterior(z, means, priors), labels)
 
 
-def classify(z: Tensor, means: Tensor, priors: Tensor) -> Tensor:
-    """The most probable component by eq. (7). z: (n, D) -> (n,)."""
-    return log_joint(z, means, priors).argmax(1)
-
-
-# ------------------------------- what any of the systems can do, for train.py and eval.py; networks: as `build` names them
-
-
-def encode(networks: dict[str, nn.Module], x: Tensor) -> Tensor:
-    """Codes (B, D) of images x (B, C, H, W) in [0, 1]."""
-    return networks["encoder"](x)
-
-
-def decode(networks: dict[str, nn.Module], codes: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [0, 1] of codes (B, D)."""
-    return networks["decoder"](codes)
-
-
-def classes(networks: dict[str, nn.Module], codes: Tensor) -> Tensor:
-    """The class (B,) of each code, eq. (7)."""
-    return classify(codes, networks["mixture"].means, networks["mixture"].priors)
-
-
-def priors(networks: dict[str, nn.Module]) -> Tensor:
-    """The probability (K,) of each component when codes are drawn from the target distribution: p_k."""
-    return networks["mixture"].priors
-
-
-def place(networks: dict[str, nn.Module], noise: Tensor, components: Tensor) -> Tensor:
-    """Codes (B, D) at `noise` (B, D) from the mean of each one's component (B,)."""
-    return networks["mixture"].means[components] + noise
-
-
-# ------------------------------------------------------------------------------- moving codes, Sec. VI-D; means: (K, D)
+# ---------------------------------------------------------------------------------------------- moving codes, Sec. VI-D
 
 
 def transfer_style(z: Tensor, source: Tensor, target: Tensor, means: Tensor, t: float = 1.0) -> Tensor:
-    """ẑ = z + t (μ_target - μ_source): eq. (10) at t = 1, a step on the way there for 0 < t < 1. z: (n, D); classes: (n,)."""
+    """ẑ = z + t (μ_target - μ_source): eq. (10) at t = 1, a step on the way there for 0 < t < 1.
+
+    z: (n, D); source, target: classes (n,); means: (K, D).
+    """
     return z + t * (means[target] - means[source])
 
 
 def intensify(z: Tensor, source: Tensor, anti_target: Tensor, means: Tensor, alpha: float = 0.5) -> Tensor:
-    """ẑ = z + α (μ_source - μ_anti_target), eq. (11): away from the anti-target class, α > 0. z: (n, D); classes: (n,)."""
+    """ẑ = z + α (μ_source - μ_anti_target), α > 0, eq. (11): away from the anti-target class.
+
+    z: (n, D); source, anti_target: classes (n,); means: (K, D).
+    """
     return z + alpha * (means[source] - means[anti_target])
+
+
+# ---------------------------------------------------------------------------------------------------------- the systems
+
+
+def as_input(images: Tensor) -> Tensor:
+    """uint8 images 0 … 255 as the networks take them: [0, 1], nothing else (Sec. VI-A: no preprocessing)."""
+    return images.float() / 255
+
+
+def checked_input(images: Tensor) -> Tensor:
+    """uint8 images by `as_input`, floats in [0, 1] as they are. Raises ValueError for other images."""
+    if images.dtype == torch.uint8:
+        return as_input(images)
+    if not (images.is_floating_point() and ((images >= 0) & (images <= 1)).all()):
+        found = f"{images.dtype} from {images.min():g} to {images.max():g}"
+        raise ValueError(f"images: expected uint8, or floats in [0, 1]; found {found}")
+    return images
+
+
+class GenerativeModel(nn.Module):
+    """What SeGMA and its baselines M1+M2 and ADGM can all do once they are trained.
+
+    Images (n, C, H, W) go in as uint8 or as floats in [0, 1] and come out as floats in [0, 1]. Codes are (n, D).
+    A subclass brings `codes_of`, `images_of`, `place`, `classify` and `priors`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def means(self) -> Tensor:
+        """The code at the centre of each component, (K, D): μ_k; of a baseline the origin with class k."""
+        k = len(self.priors)
+        noise = torch.zeros(k, self.config.latent_dim, device=self.device)
+        return self.place(noise, torch.arange(k, device=self.device))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes (n, D), float32, of images (n, C, H, W), uint8 or floats in [0, 1]; else raises ValueError."""
+        return torch.cat([self.codes_of(checked_input(x.to(self.device))).float() for x in images.split(1000)])
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Images (n, C, H, W) in [0, 1] of codes z (n, D)."""
+        return torch.cat([self.images_of(part.to(self.device)) for part in z.split(1000)])
+
+    @torch.no_grad()
+    def draw(self, n: int, generator: torch.Generator, component: int | None = None) -> tuple[Tensor, Tensor]:
+        """n codes (n, D) and the component (n,) of each: this one, or drawn in proportion to the priors (None)."""
+        components = torch.multinomial(self.priors.cpu(), n, replacement=True, generator=generator)
+        components = components if component is None else torch.full_like(components, component)
+        noise = torch.randn(n, self.config.latent_dim, generator=generator)
+        return self.place(noise.to(self.device), components.to(self.device)), components
+
+    def sample(self, n: int, component: int | None = None, seed: int = 0) -> Tensor:
+        """n images (n, C, H, W) in [0, 1] of one component, or of the whole mixture (None)."""
+        return self.decode(self.draw(n, run.generator(seed, "sample"), component)[0])
+
+
+class SeGMA(GenerativeModel):
+    """Encoder, decoder and mixture, of a train.Config, freshly initialised from torch's global random state."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        shape, hidden, dim = config.image_shape, config.hidden_dim, config.latent_dim
+        layers, decoder_layers = config.hidden_layers, config.decoder_layers or config.hidden_layers
+        if convolutional(shape):
+            self.encoder = conv_encoder(hidden, layers, dim)
+            self.decoder = conv_decoder(hidden, decoder_layers, dim)
+        else:
+            self.encoder = mlp_encoder(shape, hidden, layers, dim)
+            self.decoder = mlp_decoder(shape, hidden, decoder_layers, dim)
+        initialise(self.encoder, nn.init.xavier_uniform_)
+        initialise(self.decoder, nn.init.xavier_uniform_)
+        self.mixture = Mixture(config.components, dim, config.mean_init)
+
+    @property
+    def means(self) -> Tensor:
+        """μ_k, (K, D)."""
+        return self.mixture.means
+
+    @property
+    def priors(self) -> Tensor:
+        """p_k, (K,)."""
+        return self.mixture.priors
+
+    @property
+    def gamma(self) -> float:
+        """γ of the distance, from N_c of a training batch (Sec. VI-A)."""
+        return silverman_bandwidth(self.config.codes_per_batch / self.config.components)
+
+    def loss(self, unlabelled: Tensor, labelled: Tensor, labels: Tensor, precision: str = "fp32") -> dict[str, Tensor]:
+        """Eq. (9) on one batch, and its terms: scalars.
+
+        unlabelled: (n, C, H, W), labelled: (m, C, H, W), in [0, 1]; labels: (m,). With β = 0 no label is seen.
+        """
+        config, x = self.config, torch.cat([unlabelled, labelled])
+        seen = config.codes_per_batch  # by the error and the distance: the unlabelled images, which come first, or all
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            z = self.encoder(x)
+            if config.reconstruction == "squared":
+                error = {"mse": reconstruction_error(x[:seen], self.decoder(z[:seen]))}
+            else:
+                logits = self.decoder[:-1](z[:seen])  # without the last layer, the sigmoid
+                error = {"bernoulli": bernoulli_error(x[:seen], logits)}
+        z = z.float() if precision == "bf16" else z  # distances and logarithms are never taken in bf16
+
+        d2 = cramer_wold_distance(z[:seen], self.means, self.priors, self.gamma)
+        loss = sum(error.values()) + config.distance_weight * d2.log()  # eq. (9) with β = 0
+        if config.label_weight == 0:
+            return {"loss": loss, **error, "d2": d2}
+        cross_entropy = classification_loss(z[len(unlabelled) :], labels, self.means, self.priors)
+        loss = loss + config.label_weight * cross_entropy  # eq. (9)
+        return {"loss": loss, **error, "d2": d2, "cross_entropy": cross_entropy}
+
+    def codes_of(self, x: Tensor) -> Tensor:
+        """Codes (B, D) of images x (B, C, H, W) in [0, 1]."""
+        return self.encoder(x)
+
+    def images_of(self, z: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] of codes z (B, D)."""
+        return self.decoder(z)
+
+    def classify(self, z: Tensor) -> Tensor:
+        """The most probable component (n,) of each code z (n, D), by eq. (7)."""
+        return log_joint(z, self.means, self.priors).argmax(1)
+
+    def place(self, noise: Tensor, components: Tensor) -> Tensor:
+        """Codes (B, D) of noise ~ N(0, I), (B, D), around the mean of each one's component (B,)."""
+        return self.means[components] + noise

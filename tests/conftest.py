@@ -28,9 +28,8 @@ def data_root() -> Path:
 
 
 def command(*arguments: str, **kwargs) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, **pipes, **kwargs)
 
 
 def run_command(*arguments: str, **kwargs) -> tuple[int, str, str]:

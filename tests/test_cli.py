@@ -15,6 +15,7 @@ import torch
 
 from common import diff, run
 from segma import eval as segma_eval
+from segma import m1m2
 from segma import train as segma_train
 from tests.conftest import ROOT, TINY, call, command, run_command
 from tests.torture import assert_same
@@ -53,7 +54,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(uninterrupted, t
         process.communicate()
         log.unlink(missing_ok=True)
     code, out, err = run_command(*arguments)
-    assert code == 0 and "resuming at epoch" in out, err
+    assert code == 0 and "from epoch" in out, err
     assert_same(checkpoint(tmp_path), checkpoint(uninterrupted))
     assert log_without_clock(tmp_path) == log_without_clock(uninterrupted)
 
@@ -71,7 +72,7 @@ def test_ctrl_c_and_sigterm_save_and_lose_nothing(uninterrupted, tmp_path, numbe
     done = checkpoint(tmp_path)["total_steps"]
     assert done > 0
     code, out, err = run_command(*arguments)
-    assert code == 0 and f"resuming at epoch {done // 14 + 1} of 60, step {done % 14}" in out, err
+    assert code == 0 and f"60 epochs of 14 steps, from epoch {done // 14 + 1}, step {done % 14} on" in out, err
     assert_same(checkpoint(tmp_path), checkpoint(uninterrupted))
     code, out, _ = run_command(*arguments)
     assert code == 0 and "complete, 60 epochs done" in out
@@ -116,23 +117,21 @@ def test_a_full_disk_while_saving_keeps_the_last_checkpoint(uninterrupted, tmp_p
     assert code == 0, err
 
 
-def test_a_damaged_checkpoint_falls_back_aloud(uninterrupted, tmp_path):
+def test_a_damaged_checkpoint_is_refused_in_one_line(uninterrupted, tmp_path):
     subprocess.run(["cp", "-r", f"{uninterrupted}/.", tmp_path], check=True)
-    assert run_command(*RUN, "--epochs", "61", "--runs", tmp_path)[0] == 0
     path = tmp_path / "segma/digits/seed0/checkpoint.pt"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    code, out, err = run_command(*RUN, "--epochs", "61", "--runs", tmp_path)
-    assert code == 0 and "checkpoint.pt: damaged" in err and "resuming at epoch 61" in out
-    assert checkpoint(tmp_path)["epoch"] == 61
-    previous = run.load_checkpoint(path.with_name("checkpoint.previous.pt"))
-    assert previous["epoch"] == 60  # the good one is still there
+    for program in ("segma.train", "segma.eval"):
+        flags = [*TINY, "--epochs", "61"] if program == "segma.train" else []
+        code, _, err = run_command(program, "digits", *flags, "--runs", tmp_path)
+        assert code == 2 and "checkpoint.pt: damaged" in err and err.count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path, capsys):
-    arguments = ["digits", *TINY, "--runs", tmp_path, "--epochs", "2", "--learning-rate", "1e30", "--grad-clip-norm", "none"]
-    code, _, err = call(segma_train.main, *arguments, capsys=capsys)
-    assert code == 1 and "not finite, first at step 2 (epoch 1); nothing was saved" in err
+    large = ["--learning-rate", "1e30", "--grad-clip-norm", "none"]
+    code, _, err = call(segma_train.main, *RUN[1:], "--runs", tmp_path, "--epochs", "2", *large, capsys=capsys)
+    assert code == 1 and "not finite, first at step 2; nothing was saved" in err
 
 
 def test_two_processes_on_one_run(tmp_path, capsys):
@@ -145,18 +144,18 @@ def test_two_processes_on_one_run(tmp_path, capsys):
     finally:
         process.kill()
         process.communicate()
-    assert code == 2 and "another process is training this run" in err
+    assert code == 2 and "another process trains this run" in err
 
 
 MISTAKES = [
     (["mnits"], "unknown experiment 'mnits'; did you mean mnist?"),
-    (["zebra"], "unknown experiment 'zebra'; the experiments are celeba, celeba-adgm"),
+    (["zebra"], "unknown experiment 'zebra'; known: celeba, celeba-adgm"),
     (["digits", "--learing-rate", "1"], "unknown argument '--learing-rate'; did you mean --learning-rate?"),
     (["digits", "--epocs=3"], "unknown argument '--epocs=3'; did you mean --epochs?"),
     (["digits", "--epochs", "0"], "--epochs: 0 is out of range; allowed: >= 1"),
     (["digits", "--epochs", "many"], "--epochs: expected int, found 'many'"),
     (["digits", "--labels", "frist"], "--labels: 'frist' is not one of random, stratified, first"),
-    (["digits", "--precision", "fp16"], "argument --precision: invalid choice: 'fp16'"),
+    (["digits", "--precision", "fp16"], "--precision: 'fp16' is not one of fp32, bf16"),
     (["digits", "--seed", "-1"], "--seed: -1 is out of range"),
     (["digits", "--threads", "-2"], "--threads: -2 is out of range"),
     (["digits", "--device", "tpu"], "--device: 'tpu' is not one of auto, cpu, cuda"),
@@ -164,17 +163,16 @@ MISTAKES = [
     ([], "the following arguments are required: experiment"),
     (["digits", "--n-labels", "5000"], "n_labels: 5000 labels asked for, but the training set has 1437"),
     (["digits", "--n-labels", "11"], "has none of class"),
-    (["digits", "--n-components", "7"], "n_components: 7 components cannot stand for the 10 classes"),
-    (["digits", "--n-components", "12"], "n_components: 12 components cannot stand for the 10 classes"),
+    (["digits", "--n-components", "7"], "n_components: 7 cannot stand for the 10 classes"),
+    (["digits", "--n-components", "12"], "n_components: 12 cannot stand for the 10 classes"),
     (["digits", "--save-every", "nan"], "--save-every: nan is out of range"),
-    (["digits", "--json"], "--json: goes with --describe"),
     (["digits", "--batch-unlabelled", "2000"], "batch_unlabelled: 2000 is more than the 1437 training images"),
     (["mnist", "--data", "/nonexistent/folder"], "mnist: no data in /nonexistent/folder/MNIST/raw"),
     (["svhn", "--data", "/nonexistent/folder"], "svhn_extra: no data in /nonexistent/folder/SVHN"),
-    (["celeba-adgm", "--data", "/nonexistent/folder"], "celeba: no data in /nonexistent/folder/celeba"),
-    (["digits", "--m1-epochs", "3"], "--m1-epochs: digits has no such value; did you mean epochs?"),
-    (["digits-m1m2", "--m1-epochs", "500"], "m1_epochs: 500 of 500 epochs leave none for M2"),
-    (["digits", "--n-components", "4"], "n_components: 4 components cannot stand for the 10 classes of digits"),
+    (["celeba", "--data", "/nonexistent/folder"], "celeba: no data in /nonexistent/folder/celeba"),
+    (["digits", "--m1-epochs", "3"], "unknown argument '--m1-epochs'"),
+    (["digits-m1m2"], "digits-m1m2 is trained by python -m segma.m1m2, not by segma.train"),
+    (["digits", "--n-components", "4"], "n_components: 4 cannot stand for the 10 classes of digits"),
     (["folder", "--dataset", "folder"], "dataset: 'folder' is not one of digits, mnist"),
     (["folder", "--dataset", "folder:/nonexistent"], "/nonexistent"),
 ]
@@ -223,10 +221,41 @@ def test_a_mistake_on_the_real_command_line_prints_no_traceback():
 def test_describe_needs_no_data(capsys):
     code, out, _ = call(segma_train.main, "mnist", "--describe", "--data", "/nonexistent", capsys=capsys)
     assert code == 0 and "total: 3,728,254 parameters" in out and "dataset: mnist" in out
+    assert "Linear(in_features=784, out_features=1024, bias=True)" in out
 
 
-def test_a_slice_of_mnist_from_files_to_diff(data_root, tmp_path, capsys):
+def test_a_baseline_is_a_command_of_its_own(tmp_path, capsys):
+    for name in ("digits", "digits-m1m2"):
+        code, out, err = call(m1m2.main, name, "--describe", "--json", "--runs", tmp_path, capsys=capsys)
+        assert code == 0 and json.loads(out)["config"]["m1_epochs"] == 200, err
+    code, _, err = call(m1m2.main, "digits", "--m1-epochs", "500", capsys=capsys)
+    assert code == 2 and "m1_epochs: 500 of 500 epochs leave none for M2" in err
+
+
+def test_there_is_one_config_class(tmp_path):
+    """Run as a program, train.py is imported once more under its own name: the class must be that one."""
+    check = """
+import runpy, sys
+import common.run, segma.train
+common.run.start = lambda program, cls, *rest: print(cls is segma.train.Config)
+sys.argv = ["train", "digits"]
+runpy.run_module("segma.train", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_a_screen_without_greek_letters(tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    code, _, err = run_command("segma.train", "--help", env=environment)
+    assert code == 0, err
+    code, _, err = run_command(*RUN, "--epochs", "1", "--runs", tmp_path / "α", env=environment)
+    assert code == 0, err
+
+
+def test_a_slice_of_mnist_from_files_to_diff(data_root, tmp_path, capsys, monkeypatch):
     """Other readings and bf16 on real images, 2,000 of them: not MNIST any more, and every table says so."""
+    monkeypatch.setenv("COLUMNS", "400")
     folder = tmp_path / "data/MNIST/raw"
     folder.mkdir(parents=True)
     for prefix, n in (("train", 2000), ("t10k", 500)):
@@ -236,8 +265,9 @@ def test_a_slice_of_mnist_from_files_to_diff(data_root, tmp_path, capsys):
             (folder / f"{prefix}-{kind}-ubyte").write_bytes(header + content[head : head + n * size])
     where = ["mnist", "--data", tmp_path / "data", "--runs", tmp_path / "runs", "--threads", "1"]
     assert call(segma_train.main, *where, capsys=capsys)[0] == 2  # not the official files
-    other = ["--labels", "stratified", "--loss-over", "all", "--precision", "bf16", "--epochs", "2", "--hidden-dim", "64"]
-    code, out, err = call(segma_train.main, *where, *other, "--unofficial-data", capsys=capsys)
+    other = ["--labels", "stratified", "--loss-over", "all", "--hidden-dim", "64"]
+    how = ["--precision", "bf16", "--epochs", "2", "--unofficial-data"]
+    code, out, err = call(segma_train.main, *where, *other, *how, capsys=capsys)
     assert code == 0 and "epoch 2/2" in out, err
     code, out, err = call(segma_eval.main, *where, "--unofficial-data", capsys=capsys)
     assert code == 0 and "FID left out: mnist has fewer images" in out, err
@@ -263,7 +293,7 @@ def test_make_alone_lists_every_target():
     out = make().stdout
     for path in ROOT.glob("*/configs/*.yaml"):
         assert f"make {path.parent.parent.name}-{path.stem} " in out
-    for target in ("setup", "test", "torture", "diff", "results", "pending", "clean"):
+    for target in ("setup", "test", "torture", "bench", "diff", "results", "pending", "clean"):
         assert f"make {target} " in out
 
 
@@ -276,7 +306,9 @@ def test_a_new_yaml_file_is_a_new_target(tmp_path):
 
 def test_make_trains_evaluates_and_prints_the_diff(tmp_path):
     """Two seeds at once, by make's own -j; the table comes when both are there."""
-    done = make("-j2", "segma-digits", f"PYTHON={sys.executable}", "EPOCHS=1", "SEEDS=4 5", f"RUNS={tmp_path}", "THREADS=1")
+    done = make(
+        "-j2", "segma-digits", f"PYTHON={sys.executable}", "EPOCHS=1", "SEEDS=4 5", f"RUNS={tmp_path}", "THREADS=1"
+    )
     assert done.returncode == 0, done.stderr
     for seed in (4, 5):
         assert (tmp_path / f"segma/digits/seed{seed}/eval.json").exists()

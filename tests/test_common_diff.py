@@ -1,401 +1,386 @@
-"""The diff: verdicts against hand-computed intervals, records that do not count, and READMEs that are current."""
+"""The diff: verdicts against scipy and hand-computed intervals, runs that do not count, and pages that are current."""
 
 import json
 import math
 import re
 import shutil
-from dataclasses import asdict
+import threading
+import time
 
 import pytest
+from scipy import stats
 
 from common import diff, run
-from segma.train import Config
+from common.data import OFFICIAL_COUNTS, official_digest
 from tests.conftest import ROOT, call
 
-# Tables I, II and III, transcribed from the paper; columns MNIST, SVHN, CelebA.
+# Tables I (FID), II (test error) and III (FID of interpolations), from the paper: MNIST, SVHN, CelebA.
 TABLES = {
-    ("Table I", "fid"): {
-        "CWAE": (20.76, 49.30, 51.94),
-        "SeGMA unsupervised": (17.79, 61.11, 51.13),
-        "M1+M2": (40.50, 142.11, 70.96),
-        "ADGM": (14.50, 55.54, 51.96),
-        "SeGMA": (12.51, 63.80, 50.54),
+    "Table I": {
+        "CWAE": (20.76, 49.30, 51.94), "SeGMA unsupervised": (17.79, 61.11, 51.13), "M1+M2": (40.50, 142.11, 70.96),
+        "ADGM": (14.50, 55.54, 51.96), "SeGMA": (12.51, 63.80, 50.54),
     },
-    ("Table II", "test_error"): {"M1+M2": (17.0, 65.7, 44.5), "ADGM": (4.1, 41.2, 41.7), "SeGMA": (12.7, 32.8, 24.6)},
-    ("Table III", "fid_interpolation"): {
-        "M1+M2": (56.38, 176.89, 88.24),
-        "ADGM": (21.75, 76.66, 63.60),
-        "SeGMA": (13.40, 63.47, 48.14),
-    },
-}
+    "Table II": {"M1+M2": (17.0, 65.7, 44.5), "ADGM": (4.1, 41.2, 41.7), "SeGMA": (12.7, 32.8, 24.6)},
+    "Table III": {"M1+M2": (56.38, 176.89, 88.24), "ADGM": (21.75, 76.66, 63.60), "SeGMA": (13.40, 63.47, 48.14)},
+}  # fmt: skip
+METRICS = {"Table I": "fid", "Table II": "test_error", "Table III": "fid_interpolation"}
 
 
-def test_published_yaml_is_tables_i_to_iii_each_cell_once():
-    entries = diff.published("segma").entries
-    found = {(e.where, e.metric, e.system): e.value for e in entries}
+def test_published_numbers_of_segma_are_tables_i_to_iii_each_cell_once():
+    numbers = [n for n in diff.read_csv("segma", "published") if n["value"] is not None]
     expected = {
-        (f"{where}, {column}", metric, system): value
-        for (where, metric), rows in TABLES.items()
+        (f"{where}, {column}", METRICS[where], system): value
+        for where, rows in TABLES.items()
         for system, values in rows.items()
         for column, value in zip(("MNIST", "SVHN", "CelebA"), values, strict=True)
     }
-    assert found == expected and len(entries) == len(expected) == 33
-    assert len({e.id for e in entries}) == 33
+    assert {(n["where"], n["metric"], n["system"]): n["value"] for n in numbers} == expected
+    assert len(numbers) == len(expected) == 33
 
 
-def entry(**changes) -> diff.Entry:
-    fields = dict(id="x", where="", system="", dataset="", experiment="", metric="", unit="", better="lower", value=3.0,
-                  spread=None, spread_is=None, trials=None, needs="")  # fmt: skip
-    return diff.Entry(**{**fields, **changes})
+@pytest.mark.parametrize("paper", diff.papers())
+def test_every_experiment_that_a_csv_names_has_a_config(paper):
+    names = {name for number in diff.read_csv(paper, "published") for name in diff.readings(number)}
+    claims, wanted = diff.read_csv(paper, "claims"), {line["experiment"] for line in diff.read_csv(paper, "pending")}
+    names |= {side for claim in claims for side in (claim["experiment"], claim["than"]) if isinstance(side, str)}
+    assert names | wanted <= set(run.experiments(paper)) and wanted <= names
+    for number in diff.read_csv(paper, "published"):
+        assert number["better"] in (None, "lower", "higher", "equal") and number["best"] in (None, "yes")
+        assert number["value"] is None or number["better"] and number["needs"]
+
+
+def number(**changes) -> dict:
+    fields = {"better": "lower", "value": 3.0, "spread": None, "spread_is": None, "trials": None}
+    return {**fields, **changes}
 
 
 def test_a_single_published_value_matches_inside_the_prediction_interval():
-    values = [1.0, 2.0, 3.0, 4.0, 5.0]  # mean 3, s 1.5811; t(0.975, 4) = 2.7764; half-width 2.7764 · 1.5811 · √1.2 = 4.8089
-    assert diff.verdict(values, entry(value=7.80)) == "match (95 % of seeds in [-1.809, 7.809])"
-    assert diff.verdict(values, entry(value=7.82)).startswith("better")  # ours is lower, and lower is better
-    assert diff.verdict(values, entry(value=-1.82)).startswith("worse")
-    assert diff.verdict(values, entry(value=7.82, better="higher")).startswith("worse")
+    values = [1.0, 2.0, 3.0, 4.0, 5.0]  # mean 3, s 1.5811; t(0.975, 4) = 2.7764; half 2.7764 · 1.5811 · √1.2 = 4.8089
+    assert diff.verdict(values, number(value=7.80)) == "match (95 % of seeds in [-1.809, 7.809])"
+    assert diff.verdict(values, number(value=7.82)).startswith("better")  # ours is lower, and lower is better
+    assert diff.verdict(values, number(value=-1.82)).startswith("worse")
+    assert diff.verdict(values, number(value=7.82, better="higher")).startswith("worse")
 
 
-def test_a_published_mean_matches_inside_the_welch_interval():
-    from scipy.stats import ttest_ind_from_stats
+@pytest.mark.parametrize("spread_is, spread", [("sd", 0.39), ("se", 0.39 / math.sqrt(10))])
+@pytest.mark.parametrize("value", [2.5, 3.0, 3.3, 3.5, 3.8])
+def test_a_published_mean_matches_inside_the_welch_interval(value, spread_is, spread):
+    values = [3.1, 3.4, 2.9, 3.3, 3.6, 3.2]  # mean 3.25, s = 0.2429 by n - 1
+    p = stats.ttest_ind_from_stats(3.25, 0.2428991560298224, 6, value, 0.39, 10, equal_var=False).pvalue
+    word = diff.verdict(values, number(value=value, spread=spread, spread_is=spread_is, trials=10.0)).split()[0]
+    assert word == ("match" if p > 0.05 else "better" if value > 3.25 else "worse")
 
-    values = [3.1, 3.4, 2.9, 3.3, 3.6, 3.2]
-    mean, s = sum(values) / 6, 0.2428991560298224
-    for value in (2.5, 3.0, 3.3, 3.5, 3.8):
-        for spread_is, spread in (("sd", 0.39), ("se", 0.39 / math.sqrt(10))):
-            p = ttest_ind_from_stats(mean, s, 6, value, 0.39, 10, equal_var=False).pvalue
-            word = diff.verdict(values, entry(value=value, spread=spread, spread_is=spread_is, trials=10)).split()[0]
-            assert word == ("match" if p > 0.05 else "better" if mean < value else "worse")
+
+def test_the_welch_verdict_takes_the_standard_deviation_over_n_minus_1():
+    """s = √2.5 gives ±2.776 · √(2.5/5 + 0.01²) = ±1.963, which holds 1.9; s = √2, by n, ±1.756, which does not."""
+    found = diff.verdict([1.0, 2.0, 3.0, 4.0, 5.0], number(value=4.9, spread=0.01, spread_is="se", trials=10.0))
+    assert found == "match (difference in [-3.86, 0.0631])"
+
+
+def test_the_welch_interval_is_scipys():
+    ours, theirs = [1.0, 2.5, 3.0, 4.5, 7.0], [4.0, 4.4, 5.1, 3.9, 4.2, 4.6]
+    expected = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval()
+    errors = [(stats.tvar(values) / len(values), len(values)) for values in (ours, theirs)]
+    found = diff.interval(sum(ours) / 5 - sum(theirs) / 6, *errors)
+    assert found == pytest.approx((expected.low, expected.high), rel=1e-12)
+    assert found == pytest.approx((-3.569545, 2.036212), abs=1e-6)
+    assert diff.interval(2.0, (0.0, 5), (0.0, 5)) == (2.0, 2.0)  # without spread the difference is known exactly
 
 
 def test_few_seeds_are_indicative_and_counts_match_when_equal():
-    assert diff.verdict([1.0] * 4, entry()) == "indicative"
-    assert diff.verdict([101.0], entry(better="equal", value=101)) == "match"
-    assert diff.verdict([100.0], entry(better="equal", value=101)) == "differs"
+    assert diff.verdict([1.0] * 4, number()) == "indicative"
+    assert diff.verdict([101], number(better="equal", value=101.0)) == "match"
+    assert diff.verdict([100], number(better="equal", value=101.0)) == "differs"
 
 
-def record(**provenance) -> dict:
-    config = run.experiment_config("segma", "digits")
-    return {
-        "experiment": "digits",
-        "seed": 0,
-        "metrics": {"test_error": 10.0},
-        "config": asdict(config),
-        "config_hash": run.config_hash(config),
-        "provenance": {
-            "epochs": config.epochs, "data": "digits", "data_digest": diff.official_digest("digits"), "data_official": True,
-            "train_images": 1437, "test_images": 360, "precision": "fp32", "steps_beyond": 0, **provenance,
-        },
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    "ours, against, wanted, expected",
+    [
+        # Welch: 1 … 5 against 11 … 15: difference -10, s² = 2.5 each, error 1, 8 degrees of freedom, t = 2.306
+        ([1, 2, 3, 4, 5], [11, 12, 13, 14, 15], "lower", "holds (difference in [-12.3, -7.69])"),
+        ([1, 2, 3, 4, 5], [11, 12, 13, 14, 15], "higher", "fails (difference in [-12.3, -7.69])"),
+        ([1, 2, 3, 4, 5], [2, 3, 4, 5, 6], "lower", "undecided (difference in [-3.31, 1.31])"),
+        # one sample: mean 3, error √(2.5 / 5), 4 degrees of freedom, t = 2.776
+        ([1, 2, 3, 4, 5], 0.0, "higher", "holds (difference in [1.04, 4.96])"),
+        ([1, 2, 3], 0.0, "higher", "undecided, indicative (difference in [-0.484, 4.48])"),
+        ([9, 9, 8], 9.0, "equal", "fails (in 2 of 3 seeds)"),
+        ([9, 9], 9.0, "equal", "holds (in 2 of 2 seeds)"),
+        ([7], 9.0, "equal", "fails (in 0 of 1 seeds)"),
+        ([7], [9, 10], "lower", "one seed: as claimed"),
+        ([7], [6], "lower", "one seed: not as claimed"),
+        ([7, 8, 9], [6], "lower", "one seed: not as claimed"),
+        ([7], [7], "lower", "one seed: not as claimed"),
+        ([3, 3, 3, 3, 3], [1, 1, 1, 1, 1], "higher", "holds (difference in [2, 2])"),
+    ],
+)  # fmt: skip
+def test_verdicts_on_claims(ours, against, wanted, expected):
+    assert diff.verdict_on_claim(ours, against, wanted) == expected
+
+
+def record(experiment: str = "digits", seed: int = 0, metrics: dict | None = None, **provenance) -> dict:
+    """As if from a complete run of SeGMA made from a clean tree."""
+    config, clean = run.experiment_config("segma", experiment), {"git_commit": "a" * 40, "git_dirty": False}
+    images = OFFICIAL_COUNTS[config.dataset]
+    made = dict(data=config.dataset, data_digest=official_digest(config.dataset), data_official=True)
+    made |= dict(train_images=images[0], test_images=images[1], epochs=config.epochs, steps_beyond=0, precision="fp32")
+    made |= dict(torch="2.15", device="a CPU", threads=1, training_seconds=60.0, git_commits=["a" * 40], **clean)
+    whole = dict(experiment=experiment, seed=seed, metrics=metrics or {"test_error": 10.0 + seed})
+    whole |= dict(config=vars(config).copy(), config_hash=run.config_hash(config))
+    return whole | {"provenance": {**made, "evaluation": clean, **provenance}}
 
 
 def test_records_that_are_not_the_experiments_do_not_count():
     config = run.experiment_config("segma", "digits")
-    assert diff.not_comparable(record(), config) is None
-    assert diff.not_comparable(record(epochs=3), config) == f"3 of {config.epochs} epochs"
-    assert diff.not_comparable(record(data_official=False, train_images=9), config) == "9 of 1,437 images"
-    assert diff.not_comparable(record(data_official=False, test_images=4), config) == "4 of 360 images of the test set"
-    assert "unofficial data (1,437 + 360 images)" in diff.not_comparable(record(data_official=False), config)
-    own = record(data_official=False, data="folder:x", train_images=9, test_images=4)
-    assert "unofficial data (9 + 4 images)" in diff.other_data(own)
-    lying = record() | {"config": record()["config"] | {"learning_rate": 0.1}}  # under the hash of the committed one
-    assert diff.not_comparable(lying, config) == "another config (learning_rate 0.1)"
-    assert diff.other_data(record(data="celeba", train_images=182_637, test_images=19_962, data_digest="f" * 16)) is None
-    assert diff.not_comparable(record(data="celeba"), config) == "other data (celeba, where the config has digits)"
-    assert "other data" in diff.not_comparable(record(data_digest="0" * 16), config)
+
+    def why(**provenance) -> str | None:
+        return diff.not_comparable(record(**provenance), config)
+
+    assert why() is None
+    assert why(epochs=3) == f"3 of {config.epochs} epochs"
+    assert why(steps_beyond=9) == f"{config.epochs} and 9 steps of {config.epochs} epochs"
+    assert why(data_official=False, train_images=9) == "9 of 1,437 images"
+    assert why(data_official=False, test_images=4) == "4 of 360 images of the test set"
+    assert why(data_official=False) == "unofficial data (1,437 + 360 images)"
+    assert why(data="celeba") == "other data (celeba, where the config has digits)"
+    assert why(data_digest="0" * 16) == f"other data (digest {'0' * 16})"
+    assert diff.not_comparable(record("celeba", data_digest="f" * 16), run.experiment_config("segma", "celeba")) is None
+    assert diff.not_comparable(record(), None) == "an experiment without a config"
+    assert run.config_hash(config) == run.config_hash(run.experiment_config("segma", "digits", {"epochs": 3}))
     other = run.experiment_config("segma", "digits", {"learning_rate": 0.1})
-    changed = record() | {"config": record()["config"] | {"learning_rate": 0.1}, "config_hash": run.config_hash(other)}
-    assert diff.not_comparable(changed, config) == "another config (learning_rate 0.1)"
-    assert diff.not_comparable(record(steps_beyond=9), config) == f"{config.epochs} and 9 steps of {config.epochs} epochs"
-    found = diff.sample([record(), record(precision="bf16"), record(epochs=3)], config, "test_error")
-    assert found.values == [10.0, 10.0] and found.reasons == [f"3 of {config.epochs} epochs"]
-    assert str(found) == "10 ± 0 (n=2, bf16 and fp32)"  # which precisions a mean is over is always said
-    assert str(diff.sample([record(epochs=3)], config, "test_error")) == f"not comparable: 3 of {config.epochs} epochs"
-    assert str(diff.sample([record()], config, "fid")) == "–"
-
-
-def test_config_hash_leaves_old_runs_as_they_were():
-    base = Config()
-    assert run.config_hash(base) == run.config_hash(Config(epochs=3))
-    assert run.config_hash(base) != run.config_hash(Config(learning_rate=1e-3))
-    assert run.config_hash(base) == run.config_hash(Config(**{"learning_rate": base.learning_rate}))
-
-
-def test_committed_results_are_whole_runs_from_clean_trees():
-    for paper in diff.papers():
-        subsets = {item["experiment"] for item in diff.published(paper).reference if item.get("subset")}  # said to be not comparable
-        for experiment, records in diff.references(paper).items():
-            config = diff.config_of(paper, experiment)
-            refused = diff.unfinished if experiment in subsets else diff.not_comparable
-            assert config is not None, f"results of an experiment that is gone: {experiment}"
-            assert len({r["seed"] for r in records}) == len(records)
-            for r in records:
-                assert refused(r, config) is None and diff.unclean(r) is None
-                assert all(math.isfinite(v) for v in r["metrics"].values())
-
-
-def test_results_blocks_are_current(capsys):
-    code, _, err = call(diff.main, "check", capsys=capsys)
-    assert code == 0, err
-
-
-@pytest.fixture
-def house(tmp_path, monkeypatch):
-    """A copy of the READMEs, configs and published numbers, without results, for `collect` to write into."""
-    for path in ("README.md", "segma/README.md", "segma/published.yaml"):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / path, tmp_path / path)
-    shutil.copytree(ROOT / "segma/configs", tmp_path / "segma/configs")
-    for path in (ROOT / "segma").glob("*.py"):  # of which `module:` names some
-        shutil.copy(path, tmp_path / "segma")
-    monkeypatch.setattr(diff, "ROOT", tmp_path)
-    monkeypatch.setattr(run, "ROOT", tmp_path)
-    return tmp_path
-
-
-def put_result(runs, experiment: str, seed: int, **metrics: float) -> None:
-    """An eval.json on MNIST, as if from a complete run made from a clean tree."""
-    config = run.experiment_config("segma", experiment)
-    digest = diff.official_digest("mnist")
-    made = record(data="mnist", data_digest=digest, train_images=60_000, test_images=10_000, epochs=config.epochs)
-    made |= {"experiment": experiment, "seed": seed, "config": asdict(config), "config_hash": run.config_hash(config), "metrics": metrics}
-    made["provenance"] |= {key: None for key in diff.PROVENANCE - made["provenance"].keys()}
-    made["provenance"] |= {"git_commit": "0" * 40, "git_commits": ["0" * 40], "git_dirty": False, "training_seconds": 1.0}
-    made["provenance"]["evaluation"] = {"git_commit": "0" * 40, "git_dirty": False}
-    folder = runs / experiment / f"seed{seed}"
-    folder.mkdir(parents=True)
-    (folder / "eval.json").write_text(json.dumps(made))
-
-
-def test_pairs_of_runs_are_compared_seed_by_seed(house, tmp_path, capsys):
-    reference, mine = [10.0, 20.0, 40.0], [11.0, 21.5, 42.0]  # differences 1, 1.5, 2: mean 1.5, s 0.5; t(0.975, 2) = 4.3027
-    for seed, (theirs, ours) in enumerate(zip(reference, mine, strict=True)):
-        put_result(tmp_path / "theirs", "mnist", seed, test_error=theirs, same=3.0)
-        put_result(tmp_path / "runs/segma", "mnist", seed, test_error=ours, same=3.0, only_here=1.0)
-    records = [json.loads(path.read_text()) for path in sorted((tmp_path / "theirs").glob("*/*/eval.json"))]
-    (house / "segma/results").mkdir()
-    (house / "segma/results/mnist.json").write_text(json.dumps(records))
-    where = ["pairs", "segma", "--experiment", "mnist", "--runs", tmp_path / "runs"]
-    code, out, err = call(diff.main, *where, capsys=capsys)
-    half = 4.3027 * 0.5 / 3**0.5
-    assert code == 0 and f"+1.5 in [{1.5 - half:.3g}, {1.5 + half:.3g}]" in out and "only_here" not in out, err
-    assert "seeds 0, 1, 2" in out and out.split("+1.5 in")[1].splitlines()[0].endswith("shift")
-    assert re.search(r"same +3 ± 0 \(n=3\) +3 ± 0 \(n=3\) +\+0 in \[0, 0\] +the same", out)
-    assert diff.pairs("segma", "mnist", {"mnist": records})[1][3] == "+0 in [0, 0]"
-    further = [{**r, "metrics": {"test_error": r["metrics"]["test_error"] + d}} for r, d in zip(records, (-1, 0, 2), strict=True)]
-    assert diff.pairs("segma", "mnist", {"mnist": further})[1][4] == "no shift seen"
-    shutil.rmtree(tmp_path / "runs/segma/mnist/seed1")
-    shutil.rmtree(tmp_path / "runs/segma/mnist/seed2")
-    code, _, err = call(diff.main, *where, capsys=capsys)
-    assert code == 2 and "mnist: 1 seed has a complete run here and in the reference" in err
-    assert call(diff.main, "pairs", "segma", capsys=capsys)[0] == 2
-
-
-def put_run(runs, trained, seed: int, **provenance) -> None:
-    """An evaluated run, as if it had been trained to the end from a clean tree."""
-    folder = runs / f"segma/digits/seed{seed}"
-    shutil.copytree(trained / "segma/digits/seed3/figures", folder / "figures")
-    result = json.loads((trained / "segma/digits/seed3/eval.json").read_text()) | {"seed": seed}
-    clean = {"git_commit": "a" * 40, "git_dirty": False}
-    epochs = run.experiment_config("segma", "digits").epochs
-    result["provenance"] |= {"epochs": epochs, "git_commits": ["a" * 40], "evaluation": clean, **clean, **provenance}
-    result["metrics"]["test_error"] = 10.0 + seed
-    (folder / "eval.json").write_text(json.dumps(result))
-
-
-def test_collect_takes_whole_clean_runs_and_leaves_out_the_rest(house, trained, capsys, tmp_path):
-    runs = tmp_path / "runs"
-    for seed in (1, 2):
-        put_run(runs, trained, seed)
-    put_run(runs, trained, 4, git_dirty=True)
-    put_run(runs, trained, 5, epochs=7)
-    code, out, err = call(diff.main, "collect", "--runs", runs, capsys=capsys)
-    assert code == 0, err
-    assert "seed 4: left out: trained from a tree that was not clean" in out and "seed 5: left out: 7 of" in out
-    records = json.loads((house / "segma/results/digits.json").read_text())
-    assert [r["seed"] for r in records] == [1, 2]
-    assert (house / "segma/figures/digits-samples.png").exists()
-    text = (house / "segma/README.md").read_text()
-    assert "| 11.5 ± 0.71 (n=2) |" in text and "figures/digits-samples.png" in text
-    assert "details" not in records[0] and records[0].keys() == diff.RECORD.keys()
-    put_run(runs, trained, 0)
-    call(diff.main, "collect", "--runs", runs, capsys=capsys)
-    assert [r["seed"] for r in json.loads((house / "segma/results/digits.json").read_text())] == [0, 1, 2]
-    assert call(diff.main, "check", capsys=capsys)[0] == 0
-    (house / "segma/README.md").write_text((house / "segma/README.md").read_text().replace("(n=3)", "(n=9)"))
-    code, _, err = call(diff.main, "check", capsys=capsys)
-    assert code == 1 and "segma/README.md; run make results" in err
-
-
-def test_show_and_pending(house, trained, capsys, tmp_path):
-    runs = tmp_path / "runs"
-    code, out, _ = call(diff.main, "pending", "--runs", runs, capsys=capsys)
-    assert code == 0 and re.search(r"segma-digits +0, 1, 2, 3, 4, 5, 6, 7, 8, 9 +nothing", out)
-    for seed in range(10):
-        put_run(runs, trained, seed)
-    call(diff.main, "collect", "--runs", runs, capsys=capsys)
-    code, out, _ = call(diff.main, "show", "segma", "--experiment", "digits", "--runs", runs, capsys=capsys)
-    assert code == 0 and re.search(r"digits +– +14.5 ± 3 \(n=10\) +– +14.5 ± 3 \(n=10\) +yours as the reference", out)
-    assert "segma-digits " not in call(diff.main, "pending", "--runs", runs, capsys=capsys)[1]
-    (runs / "segma/mnist/seed2").mkdir(parents=True)
-    (runs / "segma/mnist/seed2/log.csv").write_text("epoch\n1\n2\n")
-    assert "seed 2: epoch 2 of 500" in call(diff.main, "pending", "--runs", runs, capsys=capsys)[1]
-
-
-def test_damaged_inputs_of_the_diff(house, capsys, tmp_path):
-    folder = tmp_path / "runs/segma/digits/seed0"
-    folder.mkdir(parents=True)
-    wrong = json.dumps(record() | {"metrics": {"test_error": float("nan")}})
-    for content in ('{"experiment": "dig', "{}", "[]", "[3]", "null", '"text"', json.dumps(record()), wrong):
-        (folder / "eval.json").write_text(content)
-        for what in ("show", "collect"):
-            code, _, err = call(diff.main, what, "--runs", tmp_path / "runs", capsys=capsys)
-            assert (code, err.count("\n")) == (2, 1) and "eval.json: " in err if content != "[]" else code == 0
-    assert call(diff.main, "show", "sigma", capsys=capsys)[0] == 2
-    assert "unknown experiment 'digit'" in call(diff.main, "show", "--experiment", "digit", capsys=capsys)[2]
-    assert call(diff.main, "pending", "segma", capsys=capsys)[0] == 2
-    text = (house / "segma/published.yaml").read_text()
-    (house / "segma/published.yaml").write_text(
-        text.replace("ours:\n", "ours:\n  - {experiment: mnist, seeds: 5, hours: 1, needs: MNIST}\n")
-    )
-    code, _, err = call(diff.main, "show", capsys=capsys)
-    assert code == 2 and "published.yaml: ours, item 1: metric, what: missing, or not of its kind" in err
-    (house / "segma/published.yaml").write_text(text + "claims: 3\n")
-    code, _, err = call(diff.main, "show", capsys=capsys)
-    assert code == 2 and "published.yaml: claims is not a list" in err
-    (house / "segma/published.yaml").write_text("entries:\n  - {id: x}\n")
-    code, _, err = call(diff.main, "show", capsys=capsys)
-    assert code == 2 and "published.yaml: an entry is not complete" in err
-
-
-@pytest.mark.parametrize("paper", diff.papers())
-def test_the_readmes_links_lead_to_what_they_name(paper):
-    text = (ROOT / paper / "README.md").read_text()
-    links = re.findall(r"\[`(\w+)`\]\(([\w./]+)#L(\d+)\)", text)
-    assert len(links) > 20
-    for name, file, line in links:
-        found = (ROOT / paper / file).read_text().splitlines()[int(line) - 1]
-        assert re.match(rf"(def|class) {name}\b", found), f"{name} is not at {file}:{line}"
-
-
-def test_the_best_seed_stands_beside_the_mean_where_the_published_number_may_be_one(house, tmp_path):
-    text = (house / "segma/published.yaml").read_text()
-    marked = text.replace("better: lower, value: 12.7,", "better: lower, value: 12.7, show_best: true,")
-    assert marked != text
-    (house / "segma/published.yaml").write_text(marked)
-    for seed, error in enumerate((20.0, 16.0, 18.0)):
-        put_result(tmp_path / "runs/segma", "mnist", seed, test_error=error)
-    diff.collect(tmp_path / "runs")
-    row = next(r for r in diff.table("segma", None) if r[0] == "Table II, MNIST" and r[2] == "mnist")
-    assert row[4].startswith("18 ± 2 (n=3") and row[4].endswith("; the best seed 16") and row[5] == "+5.3"
-
-
-@pytest.mark.parametrize(
-    "ours, against, wanted, kind, expected",
-    [
-        # Welch: 1 … 5 against 11 … 15: difference -10, s² = 2.5 each, error 1, 8 degrees of freedom, t = 2.306
-        ([1, 2, 3, 4, 5], [11, 12, 13, 14, 15], "lower", "seeds", "holds (difference in [-12.3, -7.69])"),
-        ([1, 2, 3, 4, 5], [11, 12, 13, 14, 15], "higher", "seeds", "fails (difference in [-12.3, -7.69])"),
-        ([1, 2, 3, 4, 5], [2, 3, 4, 5, 6], "lower", "seeds", "undecided (difference in [-3.31, 1.31])"),
-        # one sample: mean 3, error √(2.5 / 5), 4 degrees of freedom, t = 2.776
-        ([1, 2, 3, 4, 5], [0], "higher", "number", "holds (difference in [1.04, 4.96])"),
-        ([1, 2, 3], [0], "higher", "number", "undecided, indicative (difference in [-0.484, 4.48])"),
-        # paired: the differences are 1 but once 2
-        ([2, 3, 4, 6, 6], [1, 2, 3, 4, 5], "higher", "paired", "holds (difference in [0.645, 1.76])"),
-        ([9, 9, 8], [9], "equal", "number", "fails (in 2 of 3 seeds)"),
-        ([9, 9], [9], "equal", "number", "holds (in 2 of 2 seeds)"),
-        ([7], [9], "equal", "number", "fails (in 0 of 1 seeds)"),
-        ([7], [9, 10], "lower", "seeds", "one seed: as claimed"),
-        ([7], [6], "lower", "seeds", "one seed: not as claimed"),
-        ([7, 8, 9], [6], "lower", "seeds", "one seed: not as claimed"),
-        ([7], [7], "higher", "seeds", "one seed: not as claimed"),
-        ([3, 3, 3, 3, 3], [1, 1, 1, 1, 1], "higher", "seeds", "holds (difference in [2, 2])"),
-    ],
-)  # fmt: skip
-def test_verdicts_on_claims(ours, against, wanted, kind, expected):
-    found = diff.verdict_on_claim([float(x) for x in ours], [float(x) for x in against], wanted, kind)[1]
-    assert found == expected
+    for config_hash in (run.config_hash(other), run.config_hash(config)):  # the second lies
+        changed = record() | {"config": vars(other), "config_hash": config_hash}
+        assert diff.not_comparable(changed, config) == "another config (learning_rate 0.1)"
+    newer = record() | {"config": vars(config) | {"new": 1}, "config_hash": "another"}
+    assert diff.not_comparable(newer, config) == "another config (a field unknown here)"
 
 
 def test_what_a_config_leaves_to_the_data_and_a_folder_s_place_are_no_other_config():
     config = run.experiment_config("gmgan", "signs-all")
-    given = {**asdict(config), "dataset": "signs:/somewhere/else", "n_classes": 43}
-    made = record(epochs=config.epochs, data="signs:/somewhere/else") | {"config": given, "config_hash": "of these"}
-    assert diff.unfinished(made, config) is None
-    assert diff.unfinished(made | {"config": {**given, "width": 32}}, config) == "another config (width 32)"
-    assert "dataset" in diff.unfinished(made | {"config": {**given, "dataset": "folder:x"}}, config)
-    assert diff.unfinished(made | {"config": {**given, "new": 1}}, config) == "another config (a field unknown here)"
-    mnist = run.experiment_config("gmgan", "mnist")  # there all is given
-    made = record(epochs=mnist.epochs) | {"config": asdict(mnist) | {"n_components": None}, "config_hash": "of these"}
-    assert diff.unfinished(made, mnist) == "another config (n_components None)"
+    given = {**vars(config), "dataset": "signs:/somewhere/else", "n_classes": 43}
+    made = record(epochs=config.epochs, data="signs:/somewhere/else") | {"config_hash": "of these"}
+    others = ({"width": 16}, "width 16"), ({"dataset": "folder:x"}, "dataset"), ({"new": 1}, "a field unknown here")
+    for change, reason in (({}, None), *others):
+        found = diff.not_comparable(made | {"config": {**given, **change}}, config)
+        assert found is None if reason is None else reason in found
 
 
-def test_claims_name_experiments_and_say_where_nothing_was_run(house, tmp_path):
-    text = (house / "segma/published.yaml").read_text()
-    claims = """
-claims:
-  - {where: "Sec. 1", claim: "better than M1+M2", experiment: mnist, metric: test_error, is: lower, than: mnist-m1m2}
-  - {where: "Sec. 2", claim: "better than a number", experiment: mnist, metric: test_error, is: lower, than: 30}
-  - {where: "Sec. 3", claim: "better than itself", experiment: mnist, metric: test_error, is: lower, than: {metric: other}}
-"""
-    (house / "segma/published.yaml").write_text(text + claims)
+@pytest.mark.parametrize("paper", diff.papers())
+def test_committed_results_are_whole_runs_from_clean_trees(paper):
+    for r in diff.read(paper):
+        made = r["provenance"]
+        assert r["reason"] is None or (paper, r["experiment"]) == ("segma", "celeba") and "of 182,637" in r["reason"]
+        assert made["git_dirty"] is False and made["evaluation"]["git_dirty"] is False
+        assert all(math.isfinite(value) for value in r["metrics"].values())
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """SeGMA's configs and numbers without results, pages with empty blocks, and a folder for runs."""
+    shutil.copytree(ROOT / "segma/configs", tmp_path / "segma/configs")
+    for path in (ROOT / "segma").glob("*.*"):
+        if path.suffix in (".csv", ".py"):
+            shutil.copy(path, tmp_path / "segma")
+    for folder in (tmp_path, tmp_path / "segma"):
+        (folder / "README.md").write_text(f"# Before\n\n{diff.BEGIN}\nold\n{diff.END}\n\nafter\n")
+    for module in (diff, run):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def put(runs, made: dict, folder: str | None = None, picture: bytes = b"a picture") -> None:
+    place = runs / "segma" / (folder or f"{made['experiment']}/seed{made['seed']}")
+    (place / "figures").mkdir(parents=True)
+    (place / "figures/samples.png").write_bytes(picture)
+    (place / "eval.json").write_text(json.dumps(made))
+
+
+def seeds(house, experiment: str = "digits") -> list[int]:
+    return [r["seed"] for r in json.loads((house / f"segma/results/{experiment}.json").read_text())]
+
+
+def tell(capsys, runs, what: str, *arguments: str) -> str:
+    code, out, err = call(diff.main, what, "segma", "--runs", runs, *arguments, capsys=capsys)
+    assert code == 0, err
+    return out
+
+
+def test_collect_takes_whole_clean_runs_and_says_what_it_leaves_out(house, capsys):
+    runs = house / "mine"
+    put(runs, record(seed=1) | {"details": {}}, picture=b"of seed 1")
+    put(runs, record(seed=2))
+    put(runs, record(seed=4, git_dirty=True))
+    put(runs, record(seed=5, epochs=7))
+    (runs / "segma/figures").mkdir()
+    (runs / "segma/figures/figure-3.png").write_bytes(b"compares runs")
+    code, out, err = call(diff.main, "collect", "--runs", runs, capsys=capsys)
+    assert code == 0 and "seed4: left out: trained or evaluated from a tree that was not clean" in out, err
+    assert re.search(r"seed5: left out: 7 of \d+ epochs", out)
+    committed = json.loads((house / "segma/results/digits.json").read_text())
+    assert seeds(house) == [1, 2] and committed[0].keys() == set(diff.RECORD)
+    assert (house / "segma/figures/digits-samples.png").read_bytes() == b"of seed 1"
+    assert (house / "segma/figures/figure-3.png").exists()
+    page = (house / "segma/RESULTS.md").read_text()
+    assert "| 11.5 ± 0.71 (n=2) |" in page and "figures/digits-samples.png" in page and "| digits | 1 |" in page
+    readme = (house / "segma/README.md").read_text()
+    assert readme.startswith("# Before\n") and readme.endswith("\n\nafter\n") and "needs CelebA" in readme
+    shutil.rmtree(runs)
+    put(runs, record(seed=0), picture=b"of seed 0")
+    put(runs, record(seed=2, metrics={"test_error": 1.0}, epochs=7))  # not complete: the committed one stays
+    diff.collect(runs)
+    assert json.loads((house / "segma/results/digits.json").read_text())[1:] == committed and seeds(house) == [0, 1, 2]
+    assert (house / "segma/figures/digits-samples.png").read_bytes() == b"of seed 0"
+    assert call(diff.main, "check", capsys=capsys)[0] == 0
+    (house / "segma/RESULTS.md").write_text((house / "segma/RESULTS.md").read_text().replace("(n=3)", "(n=9)"))
+    code, _, err = call(diff.main, "check", capsys=capsys)
+    assert code == 1 and "segma/RESULTS.md; run make results" in err
+
+
+def test_two_that_collect_at_once_lose_nothing(house, monkeypatch):
+    write = run.write_json
+    monkeypatch.setattr(run, "write_json", lambda *arguments: (time.sleep(0.3), write(*arguments)))
+    threads = []
+    for seed in (0, 1):
+        put(house / f"runs{seed}", record(seed=seed))
+        threads.append(threading.Thread(target=diff.collect, args=(house / f"runs{seed}",)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert seeds(house) == [0, 1]
+
+
+def test_copies_and_folders_of_another_name_count_once(house, capsys):
+    runs = house / "mine"
+    put(runs, record(seed=0, weights="w0"))
+    put(runs, record(seed=0, weights="w0"), "digits/seed1")  # a copy: its checkpoint says seed 0
+    put(runs, record(seed=2, weights="w0"), "digits/seed2")  # the same weights under another seed
+    for name in ("seed0.bak", "seed3-labels-stratified", "myseed4"):
+        put(runs, record(seed=9, weights=name), f"digits/{name}")
+    put(runs, record("digits-adgm", weights="w0"))  # another experiment
+    out = tell(capsys, runs, "show", "--experiment", "digits")
+    assert "10 (n=1)" in out and out.count("its folder is not named seed<k>") == 1
+    assert "digits seed 0, digits seed 2 " in out and "the seed or the weights of" in out
+    diff.collect(runs)
+    assert seeds(house) == [0] and seeds(house, "digits-adgm") == [0]
+
+
+def test_show_pending_and_commands(house, capsys):
+    runs = house / "mine"
+    target = r"segma-digits +{} +nothing +{}"
+    out = tell(capsys, runs, "pending")
+    assert re.search(target.format("0, 1, 2, 3, 4, 5, 6, 7, 8, 9", r"0\.04 h estimated"), out)
+    for seed in range(9):
+        put(runs, record(seed=seed))
+    diff.collect(runs)
+    out = tell(capsys, runs, "pending")
+    assert re.search(target.format("9", r"0\.02 h measured"), out)
+    (runs / "segma/mnist/seed2").mkdir(parents=True)
+    (runs / "segma/mnist/seed2/log.csv").write_text("epoch\n1\n2\n")
+    assert "seed 2: epoch 2" in tell(capsys, runs, "pending")
+    out = tell(capsys, runs, "show", "--experiment", "digits")
+    assert re.search(r"14 ± 2\.7 \(n=9\) +14 ± 2\.7 \(n=9\): 9 where 95 % of seeds lie", " ".join(out.split()))
+    flags = ("--threads", "1", "--precision", "bf16", "--data", "/some data")
+    lines = tell(capsys, runs, "commands", *flags).splitlines()
+    given = f"'--data=/some data' --threads=1 --precision=bf16 --runs={runs}"
+    assert f"-m segma.train digits --seed 9 {given} && " in lines[0] and "--precision" not in lines[0].split("&&")[1]
+    m1m2 = next(line for line in lines if "segma.m1m2" in line)
+    assert "-m segma.m1m2 digits --seed 0 " in m1m2 and "-m segma.eval digits-m1m2 --seed 0 " in m1m2
+    assert len(lines) == sum(line["seeds"] for line in diff.read_csv("segma", "pending")) - 9
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_show_is_never_wider_than_the_terminal(house, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    put(house / "mine", record("mnist", epochs=2, metrics={"test_error": 50.0}))
+    short, whole = tell(capsys, house / "mine", "show"), tell(capsys, house / "mine", "show", "--all")
+    assert max(map(len, whole.splitlines()[:-1])) <= columns  # the last line counts the verdicts
+    assert len(whole) > 2 * len(short) and "more rows have no result yet; --all" in short and "more rows" not in whole
+
+
+def test_runs_that_are_not_comparable_are_shown_and_the_reason_is_said_once(house, capsys):
+    runs, config = house / "mine", run.experiment_config("segma", "mnist")
+    for seed in (0, 1):
+        put(runs, record("mnist", seed, {"test_error": 50.0 + 2 * seed}, epochs=2))
+    out = tell(capsys, runs, "show")
+    assert out.count(f"not comparable: 2 of {config.epochs} epochs") == 1 and "mnist seed 0, mnist seed 1" in out
+    assert "51 ± 1.4 (n=2)" in out and "test error, eq. (7), %, lower is better" in " ".join(out.split())
+    assert re.search(r"0 match, 0 differ, 0 indicative, 0 not comparable, \d+ not run", out)
+
+
+def test_an_experiment_of_a_persons_own_stands_beside_the_one_it_departs_from(house, capsys):
+    runs, other = house / "mine", run.experiment_config("segma", "digits", {"learning_rate": 0.1})
+    for seed in (0, 1):
+        put(runs, record(seed=seed))
+    diff.collect(runs)
+    shutil.rmtree(runs)
+    shutil.copy(house / "segma/configs/digits.yaml", house / "segma/configs/digits-lr.yaml")
+    for name in ("digits-lr", "fast"):  # by its name, and by its data
+        put(runs, record() | {"experiment": name, "config": vars(other), "config_hash": run.config_hash(other)})
+    rows = diff.table("segma", diff.read("segma"), diff.read("segma", runs))
+    row = next(r for r in rows if r.experiment == "digits-lr")
+    assert (row.reference, row.yours) == ("10.5 ± 0.71 (n=2)", "10 (n=1)")
+    out = tell(capsys, runs, "show")
+    assert out.count("not comparable: another config (learning_rate 0.1)") == 1
+    assert "digits-lr seed 0 (beside digits), fast seed 0 (beside digits)" in out
+
+
+def test_damaged_inputs_of_the_diff(house, capsys):
+    put(house / "mine", record())
+    for content in ('{"experiment": "dig', "{}", "[3]", "null", '"text"'):
+        (house / "mine/segma/digits/seed0/eval.json").write_text(content)
+        for what in ("show", "collect"):
+            code, _, err = call(diff.main, what, "--runs", house / "mine", capsys=capsys)
+            assert (code, err.count("\n")) == (2, 1) and "eval.json: " in err
+    assert "did you mean segma?" in call(diff.main, "show", "sigma", capsys=capsys)[2]
+    assert "unknown experiment 'digit'" in call(diff.main, "show", "--experiment", "digit", capsys=capsys)[2]
+    (house / "segma/README.md").write_text("no markers")
+    assert "are not there" in call(diff.main, "check", capsys=capsys)[2]
+
+
+def test_the_best_seed_stands_beside_the_mean_where_the_published_number_may_be_one(house):
+    path = house / "segma/published.csv"
+    line = '"Table II, MNIST",SeGMA,.*12.7,,,,MNIST,'
+    path.write_text(re.sub(f"({line})\n", r"\1yes\n", path.read_text()))
+    for seed, error in enumerate((20.0, 16.0, 18.0)):
+        put(house / "mine", record("mnist", seed, {"test_error": error}, precision="fp32" if seed else "bf16"))
+    diff.collect(house / "mine")
+    row = next(r for r in diff.table("segma", diff.read("segma"), []) if r[:3] == ("Table II, MNIST", "SeGMA", "mnist"))
+    assert row.reference == "18 ± 2 (n=3, bf16 and fp32); the best seed 16, +5.3" and row.verdict == "indicative"
+
+
+def test_claims_compare_with_experiments_numbers_and_other_metrics(house):
+    (house / "segma/claims.csv").write_text(
+        "where,claim,experiment,metric,is,than,than_metric\n"
+        "Sec. 1,better than M1+M2,mnist,test_error,lower,mnist-m1m2,\n"
+        "Sec. 2,better than a number,mnist,test_error,lower,30,\n"
+        "Sec. 3,better than itself,mnist,test_error,lower,,other\n"
+    )
     for seed, error in enumerate((20.0, 21.0)):
-        put_result(tmp_path / "runs/segma", "mnist", seed, test_error=error, other=error + 1 + seed)
-    mine = diff.yours("segma", tmp_path / "runs")
-    rows = diff.claims("segma", mine)
-    assert rows[1][2:] == ["mnist: test_error lower than mnist-m1m2", "–", "–", "not run"]
-    assert rows[2][2:5] == ["mnist: test_error lower than 30", "20.5 ± 0.71 (n=2)", "30"] and rows[2][5].startswith("holds, indicative")
-    assert rows[3][2:5] == ["mnist: test_error lower than other", "20.5 ± 0.71 (n=2)", "22 ± 1.4 (n=2)"]
-    assert rows[3][5].startswith("undecided, indicative (difference in [-7.85")
-    assert all(row[5] == "not run" for row in diff.claims("segma")[1:])  # runs of this machine are no reference
-    assert "better than a number" in next(text for path, text in diff.blocks().items() if path.parent.name == "segma")
+        put(house / "mine", record("mnist", seed, {"test_error": error, "other": error + 1 + seed}))
+    rows = diff.claims("segma", [], diff.read("segma", house / "mine"))
+    assert rows[0][2:] == ["mnist: test_error lower than mnist-m1m2", "20.5 ± 0.71 (n=2)", "", "not run"]
+    assert rows[1][2:5] == ["mnist: test_error lower than 30", "20.5 ± 0.71 (n=2)", "30"]
+    assert rows[1][5] == "holds, indicative (difference in [-15.9, -3.15])"
+    assert rows[2][2:5] == ["mnist: test_error lower than other", "20.5 ± 0.71 (n=2)", "22 ± 1.4 (n=2)"]
+    assert rows[2][5] == "undecided, indicative (difference in [-7.85, 4.85])"  # paired: -1 and -2
+    assert "better than a number" in diff.pages()[house / "segma/RESULTS.md"]
 
 
-def test_the_readmes_pictures_exist():
-    for readme in (ROOT / "README.md", *ROOT.glob("*/README.md")):
-        for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme.read_text()):
-            assert (readme.parent / target).exists()
+def test_results_are_current(capsys):
+    code, _, err = call(diff.main, "check", capsys=capsys)
+    assert code == 0, err
 
 
-def test_rankings_hold_our_order_against_the_published_one(house, tmp_path):
-    """Table II on MNIST: ADGM 4.1, SeGMA 12.7, M1+M2 17.0. Ours here: SeGMA, ADGM, M1+M2: one pair of three is the other way round."""
-    runs = tmp_path / "runs/segma"
-    values = {"mnist": (9.0, 30.0), "mnist-adgm": (10.0, 10.0), "mnist-m1m2": (20.0, 20.0)}
-    for experiment, (error, stand_in) in values.items():
-        put_result(runs, experiment, 0, test_error=error, fid_classifier=stand_in)
-    heads, *rows = diff.rankings("segma", diff.yours("segma", tmp_path / "runs"))
-    assert len(heads) == 5
-    assert rows == [
-        [
-            "Table I, MNIST",
-            "SeGMA 12.51, ADGM 14.5, M1+M2 40.5",
-            "ADGM 10 (n=1), M1+M2 20 (n=1), SeGMA 30 (n=1)",
-            "fid_classifier",
-            "1 of 3, indicative",
-        ],
-        [
-            "Table II, MNIST",
-            "ADGM 4.1, SeGMA 12.7, M1+M2 17",
-            "SeGMA 9 (n=1), ADGM 10 (n=1), M1+M2 20 (n=1)",
-            "test_error",
-            "2 of 3, indicative",
-        ],
-    ]
-    assert diff.rankings("segma", {}) == []
+@pytest.mark.parametrize("paper", diff.papers())
+def test_the_readmes_links_lead_to_what_they_name(paper):
+    links = re.findall(r"\[`(\w+)`\]\(([\w./]+)#L(\d+)\)", (ROOT / paper / "README.md").read_text())
+    assert len(links) > 20
+    for name, file, line in links:
+        found = (ROOT / paper / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf" *(def|class) {name}\b", found), f"{name} is not at {file}:{line}"
 
 
-def test_what_nobody_has_measured_is_counted_not_listed():
-    head = ["where", "system", "experiment", "published", "reference", "difference", "yours", "verdict"]
-    ours = ["ours", "a number", "e", "–"]
-    kept = [
-        ["Table 1", "s", "e", "1", "–", "–", "–", "not run"],  # the paper's own always stand
-        [*ours, "2 (n=1)", "–", "–", "no published number"],
-        [*ours, "–", "–", "not comparable: 1 of 20 epochs", "not run"],
-    ]
-    dropped = [[*ours, "–", "–", "–", "not run"], [*ours, "not comparable: another config", "–", "–", "not comparable"]]
-    shown, said = diff.without_the_unmeasured([head, *kept, *dropped])
-    assert shown == [head, *kept] and said.startswith("2 more numbers")
-    without_yours = [row[:6] + row[7:] for row in (head, kept[1], dropped[0])]
-    assert diff.without_the_unmeasured(without_yours)[0] == without_yours[:2]
-    assert diff.without_the_unmeasured([head, *kept])[1] == ""
+def test_the_pages_pictures_exist():
+    for page in (ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("*/RESULTS.md")):
+        for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page}: {target}"

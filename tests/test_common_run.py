@@ -2,8 +2,8 @@
 
 import dataclasses
 import os
-import pickle
 import re
+import subprocess
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +37,14 @@ class Small:
         ({"size": 2.5}, "size: expected int, found 2.5"),
         ({"size": True}, "size: expected int, found True"),
         ({"rate": 0.0}, "rate: 0.0 is out of range; allowed: > 0"),
-        ({"rate": "3e-4"}, "rate: expected float, found '3e-4' (write 3.0e-4"),
-        ({"rate": float("nan")}, "rate: nan is not a finite number"),
-        ({"rate": float("inf")}, "rate: inf is not a finite number"),
+        ({"rate": "fast"}, "rate: expected float, found 'fast'"),
+        ({"rate": float("nan")}, "rate: expected float, found nan"),
+        ({"rate": float("inf")}, "rate: inf is out of range; allowed: > 0"),
         ({"weight": -1.0}, "weight: -1.0 is out of range"),
         ({"kind": "c"}, "kind: 'c' is not one of a, b"),
         ({"kind": 3}, "kind: 3 is not one of a, b"),
         ({"clip": [1]}, "clip: expected float, found [1]"),
-        ({"flag": "yes"}, "flag: expected bool, found 'yes'"),
+        ({"flag": "yes"}, "flag: expected true or false, found 'yes'"),
         ({"rate": None}, "rate: expected float, found None"),
     ],
 )
@@ -57,10 +57,22 @@ def test_wrong_values_are_refused_with_what_is_allowed(values, complaint):
 def test_right_values_are_taken():
     config = run.make_config(Small, {"size": 7, "rate": 1, "kind": "b", "clip": 2.0, "flag": True}, "")
     assert config == Small(7, 1.0, 0.0, "b", 2.0, True) and type(config.rate) is float
+    assert run.make_config(Small, {"rate": "3e-4"}, "").rate == 3e-4  # YAML reads it as text
     assert run.make_config(Small, {"clip": None}, "").clip is None
 
 
-NOT_CONFIGS = ["- 1\n- 2\n", "a: [1\n", "", "text", "!!python/object/apply:os.system ['touch never']", "\x00", "a: &x [*x]", "a:\n\tb"]
+NOT_CONFIGS = [
+    "- 1\n- 2\n",
+    "a: [1\n",
+    "",
+    "text",
+    "!!python/object/apply:os.system ['touch never']",
+    "\x00",
+    "a: &x [*x]",
+    "a:\n\tb",
+    "size: 3\nrate: 0.1\nsize: 4\n",  # YAML takes the last
+    "size: 010\n",  # YAML reads 8
+]
 
 
 @pytest.mark.parametrize("content", NOT_CONFIGS)
@@ -74,16 +86,19 @@ def test_yaml_that_is_not_a_config(tmp_path, content):
 
 def test_flags_are_read_as_their_fields_types():
     hints = typing.get_type_hints(Small, include_extras=True)
-    assert run.parse_flag("rate", "3e-4", hints["rate"]) == 3e-4
-    assert run.parse_flag("size", "12", hints["size"]) == 12
-    assert run.parse_flag("clip", "none", hints["clip"]) is None
-    assert run.parse_flag("flag", "true", hints["flag"]) is True
-    for name, text in (("size", "2.5"), ("size", "x"), ("rate", "fast"), ("rate", "nan"), ("flag", "1"), ("kind", "z"), ("size", "-1")):
+    assert run.check_value("rate", "3e-4", hints["rate"]) == 3e-4
+    assert run.check_value("size", "12", hints["size"]) == 12
+    assert run.check_value("clip", "none", hints["clip"]) is None
+    assert run.check_value("flag", "true", hints["flag"]) is True
+    wrong = [("size", "2.5"), ("size", "x"), ("rate", "fast"), ("rate", "nan"), ("flag", "1"), ("kind", "z")]
+    for name, text in [*wrong, ("size", "-1")]:
         with pytest.raises(UserError, match=f"^--{name}: "):
-            run.parse_flag(name, text, hints[name])
+            run.check_value(f"--{name}", text, hints[name])
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*/configs/*.yaml")), ids=lambda p: f"{p.parent.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("*/configs/*.yaml")), ids=lambda p: f"{p.parent.parent.name}-{p.stem}"
+)
 def test_every_config_is_complete_and_every_value_has_a_source(path):
     values = run.read_yaml(path)
     config = run.experiment_config(path.parent.parent.name, path.stem)
@@ -91,9 +106,8 @@ def test_every_config_is_complete_and_every_value_has_a_source(path):
     lines = path.read_text().splitlines()
     assert re.match(r"# \S", lines[0])  # what `make` shows
     for line in lines[1:]:
-        assert re.match(
-            r"\w+: \S+ +# .*(Sec\.|Table|eq\.|eqs\.|appendix|authors' code|code of |Figure |\[1[01]\]|open repository|ours: )", line
-        ), f"{path.name}: no source: {line}"
+        sources = r"Sec\.|Table|eq\.|eqs\.|appendix|authors' code|code of |Figure |\[1[01]\]|open repository|ours: "
+        assert re.match(rf"\w+: \S+ +# .*({sources})", line), f"{path.name}: no source: {line}"
 
 
 # ---------------------------------------------------------------------------------------------------------- randomness
@@ -104,7 +118,8 @@ def test_generators_differ_by_seed_and_purpose_and_repeat():
         return torch.rand(3, generator=run.generator(*stream)).tolist()
 
     assert draw(0, "order", 1) == draw(0, "order", 1)
-    assert len({tuple(draw(*s)) for s in ((0, "order", 1), (0, "order", 2), (1, "order", 1), (0, "labels"), (0, "order", "1"))}) == 5
+    streams = [(0, "order", 1), (0, "order", 2), (1, "order", 1), (0, "labels"), (0, "order", "1")]
+    assert len({tuple(draw(*stream)) for stream in streams}) == 5
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -119,77 +134,65 @@ def test_a_checkpoint_comes_back_and_plain_torch_load_opens_it(tmp_path):
     assert run.load_checkpoint(path) is None
     for state in states():
         run.save_checkpoint(path, state)
-    assert run.load_checkpoint(path)["step"] == 2 and run.load_checkpoint(run.previous(path))["step"] == 1
+    assert run.load_checkpoint(path)["step"] == 2
     assert torch.equal(torch.load(path, weights_only=True)["weights"], torch.full((500,), 2.0))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.previous.pt", "checkpoint.pt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_any_flipped_byte_or_cut_falls_back_aloud(tmp_path, capsys):
+def test_any_flipped_byte_or_cut_is_refused_or_harmless(tmp_path):
+    """A zip file has bytes that nobody reads. A bit flipped there may pass, but then the state is the same."""
     path = tmp_path / "checkpoint.pt"
-    for state in states():
-        run.save_checkpoint(path, state)
+    run.save_checkpoint(path, states()[1])
     content = path.read_bytes()
-    generator = torch.Generator().manual_seed(0)
-    positions = torch.randint(len(content), (60,), generator=generator).tolist() + [0, len(content) - 1, len(content) - 65]
-    damaged = [content[:p] + bytes([content[p] ^ 1]) + content[p + 1 :] for p in positions]
-    damaged += [content[:p] for p in (0, 1, 63, 64, 65, len(content) // 2, len(content) - 1)] + [content + b"\0"]
+    positions = torch.randint(len(content), (150,), generator=torch.Generator().manual_seed(0)).tolist()
+    damaged = [content[:p] + bytes([content[p] ^ 1]) + content[p + 1 :] for p in [*positions, 0, len(content) - 1]]
+    damaged += [content[:p] for p in (0, 1, 63, 64, 65, len(content) // 2, len(content) - 1)]
+    refused = 0
     for broken in damaged:
         path.write_bytes(broken)
-        assert run.load_checkpoint(path)["step"] == 1
-        assert "damaged" in capsys.readouterr().err
-    assert (tmp_path / "checkpoint.damaged.pt").exists() and not path.exists()
-    run.save_checkpoint(path, states()[2])  # does not rotate the damaged file over the good one
-    path.write_bytes(b"broken again")
-    assert run.load_checkpoint(path)["step"] == 1
-    path.write_bytes(b"broken again")
-    run.previous(path).write_bytes(b"also broken")
-    with pytest.raises(UserError, match="Nothing to resume from"):
-        run.load_checkpoint(path)
+        try:
+            state = run.load_checkpoint(path)
+        except UserError as error:
+            assert "damaged" in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert state["step"] == 1 and torch.equal(state["weights"], torch.full((500,), 1.0))
+            assert state["names"] == ["a", None, 1.5]
+    assert refused > 0.7 * len(damaged)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(tmp_path):
-    run.save_checkpoint(tmp_path / "checkpoint.pt", states()[0])
-    run.save_checkpoint(tmp_path / "checkpoint.pt", states()[1])
-    (tmp_path / "checkpoint.pt").unlink()
     (tmp_path / "checkpoint.pt").mkdir()
     with pytest.raises(UserError, match="checkpoint.pt: cannot be read"):
         run.load_checkpoint(tmp_path / "checkpoint.pt")
 
 
 def test_a_checkpoint_that_carries_code_does_not_run_it(tmp_path):
-    import hashlib
-    import io
-
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "executed",))
 
-    buffer = io.BytesIO()
-    torch.save({"step": Evil()}, buffer)
-    payload = buffer.getvalue()[:-2] + (64).to_bytes(2, "little")
-    (tmp_path / "checkpoint.pt").write_bytes(payload + hashlib.sha256(payload).hexdigest().encode())
+    torch.save({"step": Evil()}, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match="damaged"):
         run.load_checkpoint(tmp_path / "checkpoint.pt")
     assert not (tmp_path / "executed").exists()
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "checkpoint.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("broken_call", ["os.replace", "os.fsync"])
-def test_a_failing_disk_leaves_the_previous_file_whole(tmp_path, monkeypatch, broken_call):
+def test_a_failing_disk_leaves_the_last_file_whole(tmp_path, monkeypatch, broken_call):
     path = tmp_path / "checkpoint.pt"
-    first, second, third = states()
+    first, second, _ = states()
     run.save_checkpoint(path, first)
-    run.save_checkpoint(path, second)
 
     def full(*a, **k):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(broken_call, full)
-    with pytest.raises(OSError):
-        run.save_checkpoint(path, third)
+    with pytest.raises(OSError) as error:
+        run.save_checkpoint(path, second)
+    assert error.value.filename == str(path)
     monkeypatch.undo()
-    assert run.load_checkpoint(path)["step"] == 1
+    assert run.load_checkpoint(path)["step"] == 0
     assert not list(tmp_path.glob(".*part"))
 
 
@@ -208,18 +211,19 @@ DATA = {"data": "digits", "data_digest": "x", "data_official": True, "train_imag
 
 
 def open_run(tmp_path, config=None, **options) -> run.Run:
-    return run.Run("segma", config or Config(epochs=3), run.Options("digits", runs=tmp_path, **options), DATA, torch.device("cpu"))
+    options = run.Options("digits", runs=tmp_path, **options)
+    return run.Run("segma", config or Config(epochs=3), options, DATA, torch.device("cpu"))
 
 
 def one_layer():
     network = torch.nn.Linear(2, 2)
-    return {"layer": network}, {"adam": torch.optim.Adam(network.parameters())}
+    return network, {"adam": torch.optim.Adam(network.parameters())}
 
 
 def test_steps_that_are_not_finite_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path):
-    networks, optimizers = one_layer()
+    model, optimizers = one_layer()
     with open_run(tmp_path) as r:
-        r.resume(networks, optimizers, 10)
+        r.resume(model, optimizers, 10)
         for _ in range(4):
             r.after_step({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)})
         r.save()
@@ -227,7 +231,7 @@ def test_steps_that_are_not_finite_stop_the_run_and_keep_the_last_good_checkpoin
         r.after_step({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(float("inf"))})
         r.after_step({"loss": torch.tensor(float("nan")), "grad_norm": torch.tensor(1.0)})
         for close in (r.save, r.after_epoch, r.finish):
-            with pytest.raises(RunFailed, match=r"not finite, first at step 5 \(epoch 1\); the last good checkpoint is kept"):
+            with pytest.raises(RunFailed, match="not finite, first at step 5; the last good checkpoint is kept"):
                 close()
         assert r.path.read_bytes() == good
 
@@ -242,7 +246,7 @@ def test_the_log_has_the_first_epoch_at_once_and_is_never_behind_a_checkpoint(tm
     with open_run(tmp_path, config=Config(epochs=9), save_every=1e9) as r:
         r.resume(*one_layer(), 1)
         logged = []
-        for seconds in (0.1, 0.1, 0.1, 1.1, 0.1):
+        for seconds in (0.1, 0.1, 0.1, 5.1, 0.1):
             clock[0] += seconds
             r.after_step({"loss": torch.tensor(1.0)})
             r.after_epoch()
@@ -253,16 +257,16 @@ def test_the_log_has_the_first_epoch_at_once_and_is_never_behind_a_checkpoint(tm
 
 
 def test_a_second_process_on_the_folder_is_refused(tmp_path):
-    with open_run(tmp_path), pytest.raises(UserError, match="another process is training this run"), open_run(tmp_path):
+    with open_run(tmp_path), pytest.raises(UserError, match="another process trains this run"), open_run(tmp_path):
         pass
     with open_run(tmp_path):
         pass  # free again
 
 
 def test_a_folder_made_otherwise_is_refused_with_the_difference(tmp_path):
-    networks, optimizers = one_layer()
+    model, optimizers = one_layer()
     with open_run(tmp_path) as r:
-        r.resume(networks, optimizers, 1)
+        r.resume(model, optimizers, 1)
         r.after_step({"loss": torch.tensor(1.0)})
         r.after_epoch()
         r.finish()
@@ -273,7 +277,8 @@ def test_a_folder_made_otherwise_is_refused_with_the_difference(tmp_path):
     ):
         with open_run(tmp_path, **changes) as other, pytest.raises(UserError, match=complaint):
             other.resume(*one_layer(), 1)
-    other = run.Run("segma", Config(epochs=3), run.Options("digits", runs=tmp_path), DATA | {"data_digest": "y"}, torch.device("cpu"))
+    data = DATA | {"data_digest": "y"}
+    other = run.Run("segma", Config(epochs=3), run.Options("digits", runs=tmp_path), data, torch.device("cpu"))
     with other, pytest.raises(UserError, match="data_digest: 'x' there, 'y' asked for"):
         other.resume(*one_layer(), 1)
     assert before == ((r.folder / "config.yaml").read_text(), r.path.read_bytes(), (r.folder / "log.csv").read_text())
@@ -283,22 +288,69 @@ def test_a_folder_made_otherwise_is_refused_with_the_difference(tmp_path):
         grown.after_step({"loss": torch.tensor(1.0)})
         grown.after_epoch()
         grown.finish()
-    with open_run(tmp_path, config=Config(epochs=1)) as shrunk, pytest.raises(UserError, match="2 epochs are done already, 1 asked for"):
+    shrunk = open_run(tmp_path, config=Config(epochs=1))
+    with shrunk, pytest.raises(UserError, match="2 epochs are done, 1 asked for"):
         shrunk.resume(*one_layer(), 1)
 
 
 def test_a_field_added_later_leaves_old_runs_as_they_were(tmp_path):
-    networks, optimizers = one_layer()
+    model, optimizers = one_layer()
     with open_run(tmp_path) as r:
-        r.resume(networks, optimizers, 1)
+        r.resume(model, optimizers, 1)
         r.after_step({"loss": torch.tensor(1.0)})
         r.save()
     state = run.load_checkpoint(r.path)
     del state["config"]["loss_over"]  # as if the run were older than the field
     run.save_checkpoint(r.path, state)
     with open_run(tmp_path) as again:
-        again.resume(networks, optimizers, 1)
+        again.resume(model, optimizers, 1)
         assert again.step == 1
+    state["config"]["of_another_version"] = 3
+    run.save_checkpoint(r.path, state)
+    with open_run(tmp_path) as other, pytest.raises(UserError, match="a field unknown here"):
+        other.resume(model, optimizers, 1)
+    del state["config"]["of_another_version"]
+    state["weights"] = {f"module.{name}": value for name, value in state["weights"].items()}
+    run.save_checkpoint(r.path, state)
+    with open_run(tmp_path) as other, pytest.raises(UserError, match="not this system's weights"):
+        other.resume(model, optimizers, 1)
+
+
+@pytest.mark.parametrize(
+    ("dirty", "official", "said"),
+    [
+        (False, True, ""),
+        (True, True, "has changes"),
+        (None, True, "git does not say"),
+        (False, False, "not the official"),
+    ],
+)
+def test_a_run_that_can_become_no_reference_says_so_at_its_start(tmp_path, monkeypatch, capsys, dirty, official, said):
+    monkeypatch.setattr(run, "git_state", lambda: ("a" if dirty is not None else None, dirty))
+    data = DATA | {"data_official": official}
+    options = run.Options("digits", runs=tmp_path)
+    with run.Run("segma", Config(epochs=3), options, data, torch.device("cpu")) as r:
+        r.resume(*one_layer(), 1)
+    out = capsys.readouterr().out
+    assert ("no reference result" in out) == bool(said) and said in out
+
+
+def test_results_that_are_collected_do_not_make_the_tree_dirty(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", *words], cwd=tmp_path, check=True)
+
+    git("init", "-q")
+    for name in ("segma/train.py", "segma/README.md", "segma/results/mnist.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(run, "ROOT", tmp_path.resolve())
+    (tmp_path / "segma/README.md").write_text("collected")
+    (tmp_path / "segma/results/digits.json").write_text("collected")
+    assert run.git_state()[1] is False
+    (tmp_path / "segma/train.py").write_text("changed")
+    assert run.git_state()[1] is True
 
 
 def test_provenance_names_every_commit_and_any_dirty_tree():
@@ -306,6 +358,7 @@ def test_provenance_names_every_commit_and_any_dirty_tree():
     state = {
         "identity": {"paper": "segma", "experiment": "digits", "seed": 0, "precision": "bf16", "data_digest": "d"},
         "sessions": [session | {"git_commit": c, "git_dirty": d} for c, d in (("a", False), ("a", True), ("b", False))],
+        "weights": {"layer": torch.ones(2)},
         "seconds": 12.34,
         "epoch": 7,
         "step": 3,
@@ -314,11 +367,10 @@ def test_provenance_names_every_commit_and_any_dirty_tree():
     assert found["git_commit"] == "b" and found["git_commits"] == ["a", "b"] and found["git_dirty"] is True
     assert found["precision"] == "bf16" and found["epochs"] == 7 and found["training_seconds"] == 12.3
     assert found["device"] == "x" and found["steps_beyond"] == 3
-    moved = run.provenance(state | {"sessions": [*state["sessions"], session | {"device": "y", "git_commit": "b", "git_dirty": False}]})
+    last = session | {"device": "y", "git_commit": "b", "git_dirty": False}
+    moved = run.provenance(state | {"sessions": [*state["sessions"], last]})
     assert moved["device"] == ["x", "y"]
-    assert run.provenance(state | {"sessions": [session | {"git_commit": None, "git_dirty": None}]})["git_dirty"] is True
-
-
-def test_a_message_is_one_screen_line_long():
-    assert str(UserError("/a/path/" + "x" * 200 + " is missing")) == "/a/path/" + "x" * 200 + " is missing"
-    assert str(UserError(f"epochs: {'9' * 5000} is out of range")) == f"epochs: {'9' * 80}… is out of range"
+    unknown = session | {"git_commit": None, "git_dirty": None}
+    assert run.provenance(state | {"sessions": [unknown]})["git_dirty"] is True
+    other = run.provenance(state | {"weights": {"layer": torch.zeros(2)}})
+    assert found["weights"] == moved["weights"] != other["weights"] and len(found["weights"]) == 16
