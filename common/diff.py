@@ -227,7 +227,8 @@ def table(paper: str, reference: list[dict], mine: list[dict]) -> list[Row]:
                     text += f": {verdict(here, number)}"
                 elif here and len(values) > 4:
                     low, high = interval(fmean(values), (variance(values) * (1 + 1 / len(values)), len(values)))
-                    text += f": {sum(low <= x <= high for x in here)} where 95 % of seeds lie, [{low:.4g}, {high:.4g}]"
+                    inside = sum(low <= x <= high for x in here)
+                    text += f": {inside} of {len(here)} in our 95 % interval [{low:.4g}, {high:.4g}]"
                 facts = ", ".join(filter(None, what)), printed, ours, text, word
                 rows.append(Row(number["where"], number["system"] or "", experiment, *facts))
     return rows
@@ -288,7 +289,9 @@ def show(paper: str, runs: Path, only: str | None, everything: bool) -> None:
         print(f"no result of {only} stands in the table; an evaluated run has its own in its eval.json")
     words = Counter(re.match("[a-z ]*", row.verdict)[0].strip() for row in rows if row.published)
     words["differ"] = words["better"] + words["worse"] + words["differs"]
-    print(", ".join(f"{words[word]} {word}" for word in ("match", "differ", "indicative", "not comparable", "not run")))
+    counts = [f"{words[word]} {word}" for word in ("match", "differ", "indicative", "not comparable", "not run")]
+    if any(row.published for row in rows):
+        print(f"published numbers: {', '.join(counts)}")
     if more := len(rows) + len(said) - len(shown) - len(held):
         print(f"{more} more rows have no result yet; --all (make diff ALL=1) shows them")
 

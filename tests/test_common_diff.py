@@ -278,7 +278,7 @@ def test_show_pending_and_commands(house, capsys):
     (runs / "segma/mnist/seed2/log.csv").write_text("epoch\n1\n2\n")
     assert "seed 2: epoch 2" in tell(capsys, runs, "pending")
     out = tell(capsys, runs, "show", "--experiment", "digits")
-    assert re.search(r"14 ± 2\.7 \(n=9\) +14 ± 2\.7 \(n=9\): 9 where 95 % of seeds lie", " ".join(out.split()))
+    assert re.search(r"14 ± 2\.7 \(n=9\) +14 ± 2\.7 \(n=9\): 9 of 9 in our 95 % interval", " ".join(out.split()))
     flags = ("--threads", "1", "--precision", "bf16", "--data", "/some data")
     lines = tell(capsys, runs, "commands", *flags).splitlines()
     given = f"'--data=/some data' --threads=1 --precision=bf16 --runs={runs}"
