@@ -138,7 +138,8 @@ def scores(model: Gan, rows: list[dict]) -> dict[str, float]:
     if model.supervised:
         right = model.output_of_class[nearest_modes(made)] == model.output_of_group[groups]
         found["samples_of_their_class"] = 100 * right.float().mean().item()
-    found |= convergence([row["nll"] for row in rows])  # claim 4: faster than the baselines
+    if rows:  # not of a run that was stopped in its first epoch
+        found |= convergence([row["nll"] for row in rows])  # claim 4: faster than the baselines
     found |= {f"nll_after_{row['epoch']}": row["nll"] for row in rows if row["epoch"] in EPOCHS_NOTED}
     for multiplier in MULTIPLIERS:
         at = samples(model, multiplier)[0]

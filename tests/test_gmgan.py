@@ -397,6 +397,7 @@ def test_a_supervised_toy_is_judged_by_its_map(monkeypatch):
     assert found["covered_modes"] == 9 and found["purity"] == 100
     model = run.experiment_config("gmgan", "toy-acgan").build()  # its class c is mode c
     assert toy.scores(model, [{"epoch": 1, "nll": 2.0}])["samples_of_their_class"] == 100
+    assert "settled_after" not in toy.scores(model, [])  # of a run that was stopped in its first epoch
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
