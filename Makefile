@@ -39,7 +39,7 @@ help:
 	@printf '  make %-34s %s\n' \
 	  setup "make .venv (PYTHON=… uses an environment of your own instead)" \
 	  test "set up, run the tests" \
-	  torture "kills, damaged files, full disks by the hundred (about six minutes)" \
+	  torture "kills, damaged files, full disks by the thousand (about two minutes)" \
 	  bench "milliseconds of a step and its share of the machine's ceiling; bench-<paper>-<experiment> for one" \
 	  lint "ruff" \
 	  diff "published vs reference vs yours (ALL=1: also the numbers without a run)" \
