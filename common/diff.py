@@ -21,6 +21,7 @@ from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev, variance
 
+import torch
 from scipy.stats import t as student
 
 from common import run
@@ -214,7 +215,8 @@ def table(paper: str, reference: list[dict], mine: list[dict]) -> list[Row]:
         for name in readings(number):
             values, ours = sample(reference, name, metric, number)
             if better == "equal":
-                model = config_of(paper, name).build()
+                with torch.device("meta"):  # counted, not initialised
+                    model = config_of(paper, name).build()
                 values, built = [getattr(model, metric)], sum(p.numel() for p in model.parameters())
                 ours = f"{values[0]:,} (as built)" if values[0] == built else f"{values[0]:,} (built: {built:,})"
             why = "; ".join({r["reason"] for r in reference if r["experiment"] == name} - {None})

@@ -149,7 +149,8 @@ def train(config: Task, options: run.Options, step: Callable = train_step) -> Pa
     model = config.build().to(device, memory_format=torch.channels_last)
     optimizers = {}
     for player, parameters in model.players().items():
-        rate = getattr(config, f"{player}_learning_rate", None) or config.learning_rate  # C may have its own
+        own = config.classifier_learning_rate if player == "classifier" else None  # the baselines have no C
+        rate = own or config.learning_rate
         optimizers[player] = torch.optim.Adam(parameters, lr=rate, betas=(config.beta1, 0.999), fused=True)
     replayed = graph.replayed(
         lambda batch: step(model, optimizers, batch, options.precision), optimizers.values(), options.graph

@@ -10,8 +10,6 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import gan_responsibility
 from common import plots, run
@@ -19,6 +17,7 @@ from common.data import Dataset, load
 from gan_responsibility import eval as evaluation
 from gan_responsibility import gan, model, scores, train
 from gan_responsibility.model import Mixture, Responsibility, discriminator_loss, generator_loss, information_loss
+from tests.bench import FlopCounter
 from tests.conftest import call, run_command
 
 TABLE_6 = {  # parameters, Inception Score, FID
@@ -384,20 +383,8 @@ def test_bf16_gives_nearly_the_same_gradients(switches):
         assert F.cosine_similarity(exact, rough, dim=0) > 0.99
 
 
-class Counter(TorchDispatchMode):
-    """Counts the operations of what runs under it: a multiplication and an addition are two."""
-
-    total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if count := flop_registry.get(function._overloadpacket):
-            self.total += count(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 def operations(function, *inputs) -> int:
-    with Counter() as counter:
+    with FlopCounter() as counter:
         function(*inputs)
     return counter.total
 

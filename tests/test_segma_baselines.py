@@ -17,9 +17,6 @@ from segma.model import transfer_style
 from segma.train import Batch
 from tests.test_segma import layer_shapes
 
-PIXELS = 4
-
-
 M1_SIZES = {"m1_latent_dim": 2, "m1_hidden_dim": 5, "m1_hidden_layers": 1, "m1_epochs": 1}
 
 
