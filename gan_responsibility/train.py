@@ -47,6 +47,8 @@ class Task:
     learning_rate: Positive = 2.0e-4  # γ, Adam's, constant
     beta1: Decay = 0.5  # Adam's; its second one is 0.999
     epochs: Count = 200  # passes over the training set
+    validation: Annotated[int, Range(0)] = 0  # training images held out, which the scores see in place of the test set
+    thinned: bool = False  # class c keeps all, half or a quarter of its images, as c mod 3 is 0, 1 or 2
     score_every: Count = 10  # epochs between Inception Scores and FIDs, where the Inception weights are at hand
 
     LEFT_TO_DATA = ("n_components",)  # what a run fills in where the config has null
@@ -135,7 +137,8 @@ def gradient_norms(players: dict[str, list[nn.Parameter]]) -> dict[str, Tensor]:
 def train(config: Task, options: run.Options, step: Callable = train_step) -> Path:
     """Train, or resume, one run; returns its folder. step: `train_step`, or the baselines'."""
     device = run.set_up(options)
-    data = load(config.dataset, options.data, options.unofficial_data)
+    whole = load(config.dataset, options.data, options.unofficial_data)
+    data = prepared(whole, config)
     if config.n_components is None:
         if data.n_classes < 2:
             raise run.UserError(f"n_components: {data.name} has one class; a mixture needs two: give --n-components")
@@ -158,7 +161,7 @@ def train(config: Task, options: run.Options, step: Callable = train_step) -> Pa
     steps = -(-len(images) // config.batch)
     if len(images) % config.batch == 1:
         steps -= 1  # one image alone has no batch statistics
-    with run.Run("gan_responsibility", config, options, data.provenance(), device) as r:
+    with run.Run("gan_responsibility", config, options, whole.provenance(), device) as r:
         r.resume(model, optimizers, steps)
         while r.epoch < config.epochs:
             order = torch.randperm(len(images), generator=run.generator(options.seed, "order", r.epoch)).to(device)
@@ -174,6 +177,37 @@ def train(config: Task, options: run.Options, step: Callable = train_step) -> Pa
                 save_grid((samples + 1) / 2, path, columns=10)
         r.finish()
     return r.folder
+
+
+def prepared(data: Dataset, config: Task) -> Dataset:
+    """The data as the config asks for them: classes thinned, training images held out. The draws are the same for every
+    seed. Raises UserError where too few images are left."""
+    if config.thinned:
+        data = replace(
+            data,
+            **kept("train", data.train_images, data.train_labels),
+            **kept("test", data.test_images, data.test_labels),
+        )
+    if config.validation:
+        n = len(data.train_images) - config.validation
+        if n < config.batch:
+            raise run.UserError(f"validation: {config.validation} of {len(data.train_images)} leave no batch to train on")
+        order = torch.randperm(len(data.train_images), generator=run.generator(0, "validation"))
+        images, labels = data.train_images[order], data.train_labels[order]
+        data = replace(
+            data, train_images=images[:n], train_labels=labels[:n], test_images=images[n:], test_labels=labels[n:]
+        )
+    return data
+
+
+def kept(part: str, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What `thinned` leaves of the images (N, C, H, W) of one part, "train" or "test", and their labels (N,)."""
+    order, chosen = torch.randperm(len(labels), generator=run.generator(0, "thinned", part)), []
+    for c in range(int(labels.max()) + 1):
+        members = order[labels[order] == c]
+        chosen.append(members[: -(-len(members) // 2 ** (c % 3))])
+    indices = torch.cat(chosen).sort().values
+    return {f"{part}_images": images[indices], f"{part}_labels": labels[indices]}
 
 
 def scores_of_epoch(model: MixtureGAN, data: Dataset, scorer: Scorer | None, seed: int) -> dict[str, float]:
