@@ -2,8 +2,9 @@
 
     python -m gan_responsibility.eval mnist --seed 0 --data data
 
-Writes eval.json and figures/ into the run's folder. Table 6's scores need the Inception weights; without them they are
-left out. Figure 4 compares the evaluated runs under --runs that have these scores.
+Writes eval.json and figures/ into the run's folder. A small classifier, trained on the labels, judges the samples of
+each Gaussian. Table 6's scores need the Inception weights; without them they are left out. Figure 4 compares the
+evaluated runs under --runs that have these scores.
 """
 
 import json
@@ -12,11 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import plots, run
-from common.data import Dataset, load
-from gan_responsibility.model import Mixture, MixtureGAN, Responsibility, shares
-from gan_responsibility.scores import JUDGE, SAMPLES, Scorer, clustering, mode_weights_against_classes
+from common import classifier, plots, run
+from common.data import Dataset
+from gan_responsibility import toy
+from gan_responsibility.model import Mixture, MixtureGAN, Responsibility, shares, to_uint8
+from gan_responsibility.scores import JUDGE, SAMPLES, Scorer, clustering, mode_weights_against_classes, purity
+from gan_responsibility.train import prepared, read
 
+JUDGED = 500  # samples of each Gaussian that the classifier judges
 STEPS = 9  # images from one Gaussian to another, Fig. 2; along a side of the triangle, Fig. 3
 CURVES = ("d_loss", "g_loss", "information", "alpha_entropy", "alpha_information", "largest_weight")
 CURVES += ("accuracy", "nmi", "inception_score", "fid")
@@ -32,23 +36,32 @@ def evaluate(options: run.Options) -> dict:
     """Evaluate one run: its metrics, written to eval.json, and its figures."""
     device, folder = run.set_up(options), options.folder("gan_responsibility")
     model, state = run.load_run("gan_responsibility", folder, device)
-    data = load(model.config.dataset, options.data, options.unofficial_data)
-    run.check_data(folder, state, data)
-    counts = ("parameter_count", "parameter_count_as_counted")
-    metrics = {name: getattr(model, name) for name in counts}
+    whole = read(model.config, options)
+    run.check_data(folder, state, whole)
+    data, seed, judges = prepared(whole, model.config), state["identity"]["seed"], {}
+    metrics = {name: getattr(model, name) for name in ("parameter_count", "parameter_count_as_counted")}
     if isinstance(model, Responsibility):
         metrics |= what_c_learned(model, data)
-    scorer, seed = Scorer.find(data, options, device), state["identity"]["seed"]
-    if scorer:
+    if isinstance(model.mixture, Mixture):
+        found, judges["classifier"] = what_gaussians_generate(model, whole, options, seed, device)
+        metrics |= found
+    if scorer := Scorer.find(whole, options, device):
+        say("Inception Score and FID")
         metrics |= table_6(model, data, scorer, state["rows"], seed)
-    judge = JUDGE if scorer else None
-    result = run.record(model.config, state, metrics, device, inception=judge)
+    judges["inception"] = JUDGE if scorer else None
+    result = run.record(model.config, state, metrics, device, **judges)
     run.write_json(folder / "eval.json", result)
-    figures(model, state["rows"], folder / "figures", seed)
+    say("figures")
+    figures(model, state, folder / "figures")
     if scorer:
         path = options.runs / "gan_responsibility" / "figures" / "figure-4.png"  # of several runs
         figure_4(metrics_of_runs(options.runs), path)
     return result
+
+
+def say(what: str) -> None:
+    """What is computed now, for who waits."""
+    print(f"{what} …", flush=True)
 
 
 def what_c_learned(model: Responsibility, data: Dataset) -> dict[str, float]:
@@ -57,15 +70,42 @@ def what_c_learned(model: Responsibility, data: Dataset) -> dict[str, float]:
     On the test images: ACC, NMI, and how much α says (`model.shares`). On the training images: ACC and NMI (_train),
     and, where K is the number of classes, the weights of the modes beside the frequencies of the classes.
     """
+    say(f"p(k|x) of {len(data.test_images):,} test images")
     alpha = model.responsibilities(data.test_images)
     found = clustering(alpha, data.test_labels, data.n_classes)
     found |= {name: share.item() for name, share in shares(alpha).items()}
+    say(f"p(k|x) of {len(data.train_images):,} training images")
     on_train = model.responsibilities(data.train_images)
     of_train = clustering(on_train, data.train_labels, data.n_classes)
     found |= {f"{name}_train": value for name, value in of_train.items()}
     if alpha.shape[1] == data.n_classes:
         found |= mode_weights_against_classes(on_train, data.train_labels)
     return found
+
+
+def what_gaussians_generate(
+    model: MixtureGAN, data: Dataset, options: run.Options, seed: int, device: torch.device
+) -> tuple[dict[str, float], str]:
+    """The claim of Sec. 3.2, that each Gaussian is allocated a class, measured on samples; and the judge's name.
+
+    The judge is a classifier trained on the labels of the whole data set; of the toy, the nearest class. `purity` of
+    JUDGED samples of each Gaussian; judge_accuracy, of the judge on the test images; and samples_recognised, the share
+    of the samples of which C says the Gaussian that they came from.
+    """
+    say(f"{JUDGED} samples of each Gaussian")
+    k = model.config.components
+    gaussians = torch.arange(k).repeat_interleave(JUDGED)
+    samples, found = model.sample(torch.eye(k)[gaussians], seed), {}
+    if model.config.dataset == "toy":
+        judge, classes = "nearest mean", toy.nearest_class(samples)
+    else:
+        network, accuracy = classifier.trained(data, options.runs / "cache", device)
+        judge, classes = classifier.digest(network), classifier.classify(network, to_uint8(samples))
+        found["judge_accuracy"] = accuracy / 100
+    if isinstance(model, Responsibility):
+        recognised = model.responsibilities(samples).argmax(1) == gaussians
+        found["samples_recognised"] = recognised.double().mean().item()
+    return found | purity(gaussians, classes, k, data.n_classes), judge
 
 
 def table_6(model: MixtureGAN, data: Dataset, scorer: Scorer, rows: list[dict], seed: int) -> dict[str, float]:
@@ -87,15 +127,19 @@ def table_6(model: MixtureGAN, data: Dataset, scorer: Scorer, rows: list[dict], 
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def figures(model: MixtureGAN, rows: list[dict], folder: Path, seed: int) -> None:
+def figures(model: MixtureGAN, state: dict, folder: Path) -> None:
     """The course of training; samples of each Gaussian and the way from one to the next (Fig. 2), three (Fig. 3)."""
-    k = model.config.components
+    k, seed = model.config.components, state["identity"]["seed"]
+    of = f"{state['identity']['experiment']}, seed {seed}, {state['epoch']} epochs"
 
     def save(name: str, weights: Tensor, columns: int, title: str, labels: list[str], same_noise: bool = False) -> None:
         images = (model.sample(weights, seed, same_noise) + 1) / 2
-        plots.save_labelled_grid(images, folder / f"{name}.png", columns, title, labels)
+        plots.save_labelled_grid(images, folder / f"{name}.png", columns, f"{title}\n{of}", labels)
 
-    plots.save_course(rows, folder / "training.png", CURVES)
+    plots.save_course(state["rows"], folder / "training.png", CURVES)
+    if model.config.dataset == "toy":
+        toy.save_samples(model, folder / "samples.png", seed, of)
+        return
     is_mixture = isinstance(model.mixture, Mixture)
     labels = [f"Gaussian {i}" for i in range(k)] if is_mixture else []
     save("samples", torch.eye(k).repeat_interleave(10, 0), 10, "Samples (Fig. 2, left)", labels)
@@ -104,7 +148,7 @@ def figures(model: MixtureGAN, rows: list[dict], folder: Path, seed: int) -> Non
     title, labels = "From Gaussian to Gaussian, the same ε (Fig. 2, right)", [f"{i} to {(i + 1) % k}" for i in range(k)]
     save("interpolations", from_one_to_the_next(k), STEPS, title, labels, same_noise=True)
     if k >= 3:
-        title = "Between Gaussians 0 (top left), 1 (right) and 2 (below) (Fig. 3)"
+        title = "Between Gaussians 0 (top left), 1 (right), 2 (below) (Fig. 3)"
         save("triangle", triangle(k), STEPS, title, [], same_noise=True)
 
 
@@ -158,7 +202,7 @@ def figure_4(found: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    shown = ("_of_", "_after_")
+    shown = ("_of_", "_after_")  # too many to read on a screen
     run.evaluate_from("gan_responsibility", evaluate, argv, shown=lambda name: not any(part in name for part in shown))
 
 

@@ -47,6 +47,11 @@ class Config(train.Task):
     prior: Literal["normal", "mixture"] = "mixture"  # z ~ N(0, I), or GM-GAN's
     saturating: bool = False  # G minimises log(1 - D), else -log D
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dataset == "toy":
+            raise ValueError("dataset: the toy is for the proposed system alone")
+
     def build(self) -> GAN:
         return GAN(self)
 

@@ -2,7 +2,7 @@
 
 Tables 2 and 3 have two readings (ledger 1). `as_printed`: the layers of the tables. `count_matched`: the layers that
 give Table 6's numbers of parameters to the digit. These have no biases and a flat batch normalisation in G; in D they
-have 5×5 kernels, a third convolution and no batch normalisation.
+have 5×5 kernels, a third convolution and no batch normalisation. The toy's points have small dense networks.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from common import run
 
 SLOPE = 0.3  # of LeakyReLU: the default of TensorFlow, whose tutorial networks these are
+WIDTH = 64  # of the toy's dense layers
 
 
 # ---------------------------------------------------------------------------------------------------- prior, networks
@@ -41,8 +42,18 @@ class Mixture(nn.Module):
         return torch.einsum("bk,bki->bi", weights, self(noise[:, None].expand(-1, len(self.means), -1)))
 
 
-def generator(shape: tuple[int, int, int], latent_dim: int) -> nn.Sequential:
-    """Table 2: latent vectors (B, D_z) -> images (B, C, H, W) in [-1, 1]. Both readings have no biases."""
+def dense(n_inputs: int) -> list[nn.Module]:
+    """The hidden layers of the toy's networks: (B, n_inputs) -> (B, WIDTH)."""
+    return [nn.Linear(n_inputs, WIDTH), nn.LeakyReLU(SLOPE), nn.Linear(WIDTH, WIDTH), nn.LeakyReLU(SLOPE)]
+
+
+def generator(shape: tuple[int, ...], latent_dim: int) -> nn.Sequential:
+    """Table 2: latent vectors (B, D_z) -> images (B, C, H, W) in [-1, 1]. Both readings have no biases.
+
+    Of the toy: -> points (B, 2) in [-1, 1]².
+    """
+    if len(shape) == 1:
+        return nn.Sequential(*dense(latent_dim), nn.Linear(WIDTH, shape[0]), nn.Tanh())
     channels, size, _ = shape
     side = size // 4
     return nn.Sequential(
@@ -61,8 +72,10 @@ def generator(shape: tuple[int, int, int], latent_dim: int) -> nn.Sequential:
     )
 
 
-def encoder(shape: tuple[int, int, int], reading: str) -> nn.Sequential:
-    """Table 3, the encoding network of D: images (B, C, H, W) -> features (B, 128 · H/4 · W/4)."""
+def encoder(shape: tuple[int, ...], reading: str) -> nn.Sequential:
+    """Table 3, the encoding network of D: images (B, C, H, W) -> features (B, 128 · H/4 · W/4); points -> (B, 64)."""
+    if len(shape) == 1:
+        return nn.Sequential(*dense(shape[0]))
     layers = [nn.Conv2d(shape[0], 64, 5, stride=2, padding=2), nn.LeakyReLU(SLOPE)]  # (64, H/2, W/2)
     if reading == "as_printed":
         layers += [nn.Conv2d(64, 128, 4, stride=2, padding=1), nn.BatchNorm2d(128)]  # (128, H/4, W/4)
@@ -73,18 +86,20 @@ def encoder(shape: tuple[int, int, int], reading: str) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten())
 
 
-def n_features(shape: tuple[int, int, int]) -> int:
-    """How many numbers the encoding network gives for an image."""
-    return 128 * (shape[1] // 4) * (shape[2] // 4)
+def n_features(shape: tuple[int, ...]) -> int:
+    """How many numbers the encoding network gives for an image, or for a point."""
+    return WIDTH if len(shape) == 1 else 128 * (shape[1] // 4) * (shape[2] // 4)
 
 
-def shared_classifier(shape: tuple[int, int, int], n_components: int) -> nn.Linear:
+def shared_classifier(shape: tuple[int, ...], n_components: int) -> nn.Linear:
     """Table 1, if shared: D's features -> logits of p(k|x), (B, K)."""
     return nn.Linear(n_features(shape), n_components)
 
 
-def standalone_classifier(shape: tuple[int, int, int], n_components: int) -> nn.Sequential:
-    """Table 1, if not shared: images (B, C, H, W) -> logits of p(k|x), (B, K)."""
+def standalone_classifier(shape: tuple[int, ...], n_components: int) -> nn.Sequential:
+    """Table 1, if not shared: images (B, C, H, W), or points, -> logits of p(k|x), (B, K)."""
+    if len(shape) == 1:
+        return nn.Sequential(*dense(shape[0]), nn.Linear(WIDTH, n_components))
     side = shape[1] // 4
     return nn.Sequential(
         nn.Conv2d(shape[0], 32, 5, stride=1, padding=2),  # (32, H, W)
@@ -183,6 +198,11 @@ def as_input(images: Tensor) -> Tensor:
     return images
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8, 0 … 255."""
+    return ((images + 1) * 127.5).round().to(torch.uint8)
+
+
 def to_float32(x: Tensor) -> Tensor:
     """bfloat16 as float32, for no loss is taken in bfloat16; other types as they are."""
     return x.float() if x.dtype == torch.bfloat16 else x
@@ -239,7 +259,7 @@ class MixtureGAN(nn.Module):
     def sample_mixture(self, n: int, mode_weights: Tensor, seed: int = 0) -> Tensor:
         """n uint8 images (n, C, H, W) of the whole mixture, whose weights are mode_weights (K,). Ledger 10."""
         k = torch.multinomial(mode_weights, n, replacement=True, generator=run.generator(seed, "component"))
-        return ((self.sample(torch.eye(len(mode_weights))[k], seed) + 1) * 127.5).round().to(torch.uint8)
+        return to_uint8(self.sample(torch.eye(len(mode_weights))[k], seed))
 
     @property
     def parameter_count(self) -> int:
@@ -267,7 +287,7 @@ class Responsibility(MixtureGAN):
         initialise(self)
 
     def players(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters that each optimiser moves (ledger 2). A shared encoder is moved as D's part alone."""
+        """The parameters that each optimiser moves (ledger 2). A shared encoder is D's part (ledger 22)."""
         return super().players() | {"classifier": [*self.classifier.parameters()]}
 
     def forward_d_and_c(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,7 +313,10 @@ class Responsibility(MixtureGAN):
         return d_loss, g_loss, information
 
     def responsibilities(self, images: Tensor, batch: int = 500) -> Tensor:
-        """p(k|x), (N, K), float32 on the CPU, of images (N, C, H, W): uint8, or floats in [-1, 1]; else ValueError."""
+        """p(k|x), (N, K), float32 on the CPU, of images (N, C, H, W): uint8, or floats in [-1, 1]; else ValueError.
+
+        Of the toy: of points (N, 2) in [-1, 1]². Batch normalisation is by its running means.
+        """
         device = self.discriminator.weight.device
 
         def of_batch(x: Tensor) -> Tensor:

@@ -46,6 +46,21 @@ def mode_weights_against_classes(alpha: Tensor, labels: Tensor) -> dict[str, flo
     return found | {f"frequency_of_{i}": frequencies[i].item() for i in range(k)}
 
 
+def purity(gaussians: Tensor, classes: Tensor, k: int, n_classes: int) -> dict[str, float]:
+    """Is each Gaussian one class (Sec. 3.2)? Of samples (n,): their Gaussians, equally many of each; their classes.
+
+    sample_purity: the mean over the Gaussians of the share of samples that are of the Gaussian's main class.
+    sample_classes: how many classes are some Gaussian's main one. sample_accuracy, where K = n_classes: the share of
+    samples in the class that is paired with their Gaussian, one to one. sample_purity_of_k: of one Gaussian.
+    """
+    table = contingency(gaussians, classes, k, n_classes)
+    of_each, main = (table / table.sum(1, keepdim=True)).max(1)
+    found = {"sample_purity": of_each.mean().item(), "sample_classes": float(len(main.unique()))}
+    if k == n_classes:
+        found["sample_accuracy"] = clustering_accuracy(table)
+    return found | {f"sample_purity_of_{i}": of_each[i].item() for i in range(k)}
+
+
 def inception_score(logits: Tensor, splits: int = SPLITS) -> tuple[float, float]:
     """exp(E KL(p(y|x) ‖ p(y))), Sec. 3.3: mean and standard deviation over `splits` parts of logits (n, classes)."""
     values = []

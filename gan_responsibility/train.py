@@ -6,6 +6,7 @@ Run it again to resume; `--describe` prints what would be trained. The two basel
 loop. Each value's source stands in configs/*.yaml, each choice in the README's ledger.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +19,13 @@ from common import graph, run
 from common.data import Dataset, described, load
 from common.plots import save_grid
 from common.run import Count, Decay, NonNegative, Positive, Range
+from gan_responsibility import toy
 from gan_responsibility.model import MixtureGAN, Responsibility, as_input, shares
 from gan_responsibility.scores import SAMPLES, Scorer, clustering
 
+SILENCE = 20.0  # seconds between two lines within an epoch, where the screen is no terminal
 SETS = {  # data set: image shape, classes; None: the number is found in the folder
+    "toy": ((2,), 3),
     "digits": ((1, 28, 28), 10),
     "mnist": ((1, 28, 28), 10),
     "fashion_mnist": ((1, 28, 28), 10),
@@ -57,7 +61,7 @@ class Task:
         described(self.dataset, SETS)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         return described(self.dataset, SETS)[0]
 
     @property
@@ -78,6 +82,12 @@ class Config(Task):
     alpha_in_information: Literal["fixed", "trained"] = "fixed"  # whether eq. (4)'s cross-entropy moves α as well
     class_entropy: Literal["left_out", "batch", "image"] = "left_out"  # H(c) of eq. (4): of a batch's mean α, or each α
     classifier_learning_rate: Positive | None = None  # γ of C's Adam; None: the others'
+    classifier_moves_encoder: bool = False  # whether C's losses move a shared encoder too, which is D's
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.classifier_moves_encoder and self.classifier != "shared":
+            raise ValueError("classifier_moves_encoder: a stand-alone classifier shares no encoder")
 
     def build(self) -> Responsibility:
         return Responsibility(self)
@@ -118,7 +128,12 @@ def train_step(
     d_loss.backward(inputs=players["discriminator"], retain_graph=True)  # line 11
     of_generator = g_loss + information if model.config.information_moves == "all" else g_loss
     of_generator.backward(inputs=players["generator"], retain_graph=True)  # line 12: G, μ and A through the fakes
-    (g_loss + information).backward(inputs=players["classifier"])  # lines 12 and 13: C through α, and by eq. (4)
+    of_classifier, by_classifier = g_loss + information, players["classifier"]
+    if model.config.classifier_moves_encoder:  # by C's losses alone: D's verdicts on the fakes are fixed in them
+        verdicts = on_fakes.detach().view(m, k)
+        of_classifier = model.losses(on_real, verdicts, logits_of_fakes.view(m, k, k), alpha)[1] + information
+        by_classifier = [*by_classifier, *model.encoder.parameters()]  # beside the gradient of D's loss, line 11
+    of_classifier.backward(inputs=by_classifier)  # lines 12 and 13: C through α, and by eq. (4)
     for optimizer in optimizers.values():
         optimizer.step()
 
@@ -137,14 +152,12 @@ def gradient_norms(players: dict[str, list[nn.Parameter]]) -> dict[str, Tensor]:
 def train(config: Task, options: run.Options, step: Callable = train_step) -> Path:
     """Train, or resume, one run; returns its folder. step: `train_step`, or the baselines'."""
     device = run.set_up(options)
-    whole = load(config.dataset, options.data, options.unofficial_data)
+    whole = read(config, options)
     data = prepared(whole, config)
     if config.n_components is None:
         if data.n_classes < 2:
             raise run.UserError(f"n_components: {data.name} has one class; a mixture needs two: give --n-components")
         config = replace(config, n_components=data.n_classes)
-    if config.batch > len(data.train_images):
-        raise run.UserError(f"batch: {config.batch} is more than the {len(data.train_images)} training images")
     images = data.train_images.to(device)
     scorer = Scorer.find(data, options, device)
 
@@ -166,48 +179,64 @@ def train(config: Task, options: run.Options, step: Callable = train_step) -> Pa
         while r.epoch < config.epochs:
             order = torch.randperm(len(images), generator=run.generator(options.seed, "order", r.epoch)).to(device)
             while r.step < steps:
+                say_position(r)
                 drawn = order[r.step * config.batch :][: config.batch]
                 noise = run.generator(options.seed, "noise", r.epoch, r.step, device=device)
                 r.after_step(replayed(Batch(as_input(images[drawn]), noise)))
             scored = scorer if (r.epoch + 1) % config.score_every == 0 or r.epoch + 1 == config.epochs else None
             r.after_epoch(**scores_of_epoch(model, data, scored, options.seed))
             say_if_collapsed(r.rows)
-            if path := r.sample_path():  # ten of each Gaussian
-                samples = model.sample(torch.eye(config.components).repeat_interleave(10, 0), options.seed)
-                save_grid((samples + 1) / 2, path, columns=10)
+            if path := r.sample_path():
+                save_samples(model, path, options.seed, r.epoch)
         r.finish()
     return r.folder
 
 
+def say_position(r: run.Run) -> None:
+    """Where no terminal shows the bar: a line once in a while also within an epoch, which may take minutes."""
+    if r.bar.disable and r.step and time.monotonic() - max(r.printed_at, r.epoch_started) > SILENCE:
+        print(f"epoch {r.epoch + 1}/{r.config.epochs}, step {r.step}/{r.steps}", flush=True)
+        r.printed_at = time.monotonic()
+
+
+def save_samples(model: MixtureGAN, path: Path, seed: int, epoch: int) -> None:
+    """Samples as a PNG: ten images of each Gaussian in a row; the toy's over the data."""
+    if model.config.dataset == "toy":
+        toy.save_samples(model, path, seed, f"after {epoch} epochs")
+    else:
+        samples = model.sample(torch.eye(model.config.components).repeat_interleave(10, 0), seed)
+        save_grid((samples + 1) / 2, path, columns=10)
+
+
+def read(config: Task, options: run.Options) -> Dataset:
+    """The data set as it is on disk; the toy is drawn."""
+    return toy.dataset() if config.dataset == "toy" else load(config.dataset, options.data, options.unofficial_data)
+
+
 def prepared(data: Dataset, config: Task) -> Dataset:
-    """The data as the config asks for them: classes thinned, training images held out. The draws are the same for every
-    seed. Raises UserError where too few images are left."""
+    """The data as the config asks for them: classes thinned, validation images in place of the test images.
+
+    The draws are the same for every seed. Raises UserError where too few images are left.
+    """
     if config.thinned:
-        data = replace(
-            data,
-            **kept("train", data.train_images, data.train_labels),
-            **kept("test", data.test_images, data.test_labels),
-        )
+        train, test = thinned(data.train_labels), thinned(data.test_labels)
+        data = replace(data, train_images=data.train_images[train], train_labels=data.train_labels[train])
+        data = replace(data, test_images=data.test_images[test], test_labels=data.test_labels[test])
     if config.validation:
-        n = len(data.train_images) - config.validation
-        if n < config.batch:
-            raise run.UserError(f"validation: {config.validation} of {len(data.train_images)} leave no batch to train on")
         order = torch.randperm(len(data.train_images), generator=run.generator(0, "validation"))
-        images, labels = data.train_images[order], data.train_labels[order]
-        data = replace(
-            data, train_images=images[:n], train_labels=labels[:n], test_images=images[n:], test_labels=labels[n:]
-        )
+        held, rest = order[: config.validation], order[config.validation :]
+        data = replace(data, test_images=data.train_images[held], test_labels=data.train_labels[held])
+        data = replace(data, train_images=data.train_images[rest], train_labels=data.train_labels[rest])
+    if config.batch > (n := len(data.train_images)):
+        raise run.UserError(f"batch: {config.batch} is more than the {n} training images; use --batch {n} or less")
     return data
 
 
-def kept(part: str, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What `thinned` leaves of the images (N, C, H, W) of one part, "train" or "test", and their labels (N,)."""
-    order, chosen = torch.randperm(len(labels), generator=run.generator(0, "thinned", part)), []
-    for c in range(int(labels.max()) + 1):
-        members = order[labels[order] == c]
-        chosen.append(members[: -(-len(members) // 2 ** (c % 3))])
-    indices = torch.cat(chosen).sort().values
-    return {f"{part}_images": images[indices], f"{part}_labels": labels[indices]}
+def thinned(labels: Tensor) -> Tensor:
+    """Which images stay, ascending: of class c all, half or a quarter, as c mod 3 is 0, 1 or 2. labels: (N,)."""
+    order = torch.randperm(len(labels), generator=run.generator(0, "thinned"))
+    members = [order[labels[order] == c] for c in range(int(labels.max()) + 1)]
+    return torch.cat([found[: -(-len(found) // 2 ** (c % 3))] for c, found in enumerate(members)]).sort().values
 
 
 def scores_of_epoch(model: MixtureGAN, data: Dataset, scorer: Scorer | None, seed: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gan_responsibility
-from common import plots, run
+from common import classifier, plots, run
 from common.data import Dataset, load
 from gan_responsibility import eval as evaluation
 from gan_responsibility import gan, model, scores, train
@@ -563,7 +563,7 @@ def test_a_collapse_is_said_when_it_begins(capsys):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A few images under every data set's name, and no Inception weights."""
+    """A few images under every data set's name, an untrained judge, and no Inception weights."""
 
     def make(name: str, *_) -> Dataset:
         g = torch.Generator().manual_seed(0)  # the same images each time
@@ -571,9 +571,12 @@ def tiny(monkeypatch):
         images = torch.randint(0, 256, (4, *train.SETS[name][0]), dtype=torch.uint8, generator=g)
         return Dataset(name, images, labels, images, labels, tuple("abcdefghij"), "0" * 16, False)
 
+    def judge(data: Dataset, *_):
+        return classifier.Network(tuple(data.train_images.shape[1:]), data.n_classes).eval(), 90.0
+
     monkeypatch.setattr(train, "load", make)
-    monkeypatch.setattr(evaluation, "load", make)
     monkeypatch.setattr(scores, "load", make)
+    monkeypatch.setattr(classifier, "trained", judge)
     monkeypatch.setattr(scores.inception, "find_weights", lambda _: (None, "none in this test"))
 
 
@@ -590,14 +593,16 @@ def test_two_steps_of_every_experiment_and_its_evaluation(experiment, tiny, tmp_
     pictures = {path.stem for path in (folder / "figures").glob("*.png")}
     baseline = experiment in ("flowers10-gan", "flowers10-gm-gan")
     assert ("accuracy" in result["metrics"]) == ("weight_error" in result["metrics"]) == (not baseline)
-    between = {"interpolations", "triangle"} if experiment != "flowers10-gan" else set()
-    assert pictures == {"training", "samples"} | between
+    assert ("sample_purity" in result["metrics"]) == (experiment != "flowers10-gan")
+    strips = {"interpolations", "triangle"} if experiment != "flowers10-gan" and config.dataset != "toy" else set()
+    assert pictures == {"training", "samples"} | strips
     row = torch.load(folder / "checkpoint.pt", weights_only=True)["rows"][0]
     shares = {"alpha_entropy", "alpha_information", "largest_weight"}
     assert baseline or shares | {f"test_{name}" for name in shares} | {"accuracy", "nmi"} <= row.keys()
     trained = gan_responsibility.load(folder)
     assert isinstance(trained, gan.GAN if baseline else Responsibility) and trained.config == config
-    assert trained.sample(torch.eye(10)).shape == (10, *config.shape) and not trained.training
+    k = config.components
+    assert trained.sample(torch.eye(k)).shape == (k, *config.shape) and not trained.training
     train.train(config, options, step)
     assert "complete" in capsys.readouterr().out
 
