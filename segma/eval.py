@@ -39,7 +39,7 @@ ANTI_TARGETS = [(0, 1), (2, 1), (3, 1), (1, 3)]  # Fig. 8, class and anti-target
 def evaluate(options: run.Options) -> dict:
     """Evaluate one run: metrics and details, written to eval.json, and the figures."""
     device, folder = run.set_up(options), options.folder("segma")
-    model, state = run.load_run("segma", folder, device)
+    model, state = run.load_run("segma", folder, device, options.moved)
     data = load(model.config.dataset, options.data, options.unofficial_data)
     run.check_data(folder, state, data)
     labelled = bool(model.config.labelled_per_batch)
