@@ -386,6 +386,67 @@ def test_images_go_in_as_bytes_or_as_floats_in_the_unit_range():
             system.encode(wrong)
 
 
+# ------------------------------------------------------------------------------------------------------------ configs
+
+FIELDS = {  # MNIST, SVHN, CelebA: Secs. V and VI-A, appendix; batches, means, clipping, epochs: the authors' code
+    **{"dataset": ("mnist", "svhn_extra", "celeba"), "n_components": (10, 10, 4), "labels": "random"},
+    **{"n_labels": (100, 1000, 1000), "batch_unlabelled": (100, 1000, 256), "batch_labelled": (100, 1000, 256)},
+    **{"learning_rate": 3e-4, "grad_clip_norm": 5.0, "grad_clip_value": 1.0, "epochs": (500, 400, 500)},
+}
+SEGMA = FIELDS | {
+    **{"latent_dim": (10, 20, 32), "hidden_dim": (1024, 786, 786), "hidden_layers": (2, 5, 2), "decoder_layers": None},
+    **{"reconstruction": "squared", "loss_over": "unlabelled", "distance_weight": 5.0, "label_weight": 10.0},
+    **{"mean_init": (0.1, 2.0, 1.0)},
+}
+VAE = FIELDS | {
+    **{"likelihood": ("bernoulli", "gaussian", "gaussian"), "binarise": False, "posterior_variance": "free"},
+}
+M1M2 = VAE | {  # [10] and its code; CelebA: the appendix
+    **{"m1_latent_dim": (50, 300, 300), "m1_hidden_dim": (500, 500, 300), "m1_hidden_layers": (2, 2, 1)},
+    **{"latent_dim": 50, "hidden_dim": (300, 500, 300), "hidden_layers": 1, "m1_epochs": 100},
+    **{"activation": ("softplus", "softplus", "relu"), "epochs": (600, 400, 500), "label_weight": 0.1},
+    **{"labelled_weight": (100 / 60_000, 1000 / 604_388, 1000 / 182_637)},
+    **{"grad_clip_norm": None, "grad_clip_value": None},
+}
+ADGM = VAE | {  # [11] and its code; CelebA: the appendix. α = 0.1 N / N_l
+    **{"latent_dim": (100, 300, 300), "auxiliary_dim": (100, 300, 300), "hidden_dim": 500, "hidden_layers": 2},
+    **{"batch_unlabelled": 100, "batch_labelled": 100, "labelled_weight": 1.0, "epochs": (251, 400, 500)},
+    **{"label_weight": (0.1 * 60_000 / 100, 0.1 * 604_388 / 1000, 0.1 * 182_637 / 1000)},
+}
+CWAE = {"n_components": 1, "label_weight": 0.0, "mean_init": 0.0, "grad_clip_norm": None, "grad_clip_value": None}
+OF_DIGITS = {  # 1,437 images in steps of 100
+    "digits": {"mean_init": 4.0, "epochs": 150},
+    "digits-m1m2": {"labelled_weight": 100 / 1437, "m1_epochs": 200, "epochs": 500},
+    "digits-adgm": {"label_weight": 0.1 * 1437 / 100, "epochs": 150},
+}
+OTHERS = {
+    "mnist-first-labels": {"labels": "first"},
+    "mnist-bernoulli": {"reconstruction": "bernoulli"},
+    "mnist-first-labels-bernoulli": {"labels": "first", "reconstruction": "bernoulli"},
+    **{name: {"dataset": "digits", **changes} for name, changes in OF_DIGITS.items()},
+}
+PERSONS = {"n_components": None, "labels": "stratified", "mean_init": 4.0, "epochs": 150}
+PERSONS |= {"n_labels": 100, "batch_unlabelled": 100, "batch_labelled": 100}
+OTHERS |= {
+    "folder": {"dataset": "folder:images", **PERSONS},
+    "folder-colour": {"dataset": "folder_colour:images", **PERSONS},
+}
+
+
+@pytest.mark.parametrize("experiment", run.experiments("segma"))
+def test_every_value_of_every_config_is_the_papers(experiment):
+    last = experiment.rpartition("-")[2]
+    column = next((i for i, name in enumerate(("svhn", "celeba"), 1) if experiment.startswith(name)), 0)
+    column = 2 if experiment == "folder-colour" else column
+    table = {"m1m2": M1M2, "adgm": ADGM}.get(last, SEGMA)
+    expected = {name: value[column] if isinstance(value, tuple) else value for name, value in table.items()}
+    expected |= {"cwae": CWAE, "unsupervised": {"label_weight": 0.0}}.get(last, {}) | OTHERS.get(experiment, {})
+    found = run.read_yaml(ROOT / f"segma/configs/{experiment}.yaml")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), name
+
+
 # ---------------------------------------------------------------------------------------------------- the labelled part
 
 
@@ -402,6 +463,7 @@ def test_priors_are_the_proportions_of_the_known_labels(trained):
     labels = load("digits", "").train_labels
     known = choose_labels(labels, 100, "random", 10, 3)
     torch.testing.assert_close(system.priors, labels[known].bincount(minlength=10) / 100)
+    assert not system.training and not any(p.requires_grad for p in system.parameters())
 
 
 # ------------------------------------------------------------------------------------------------- training, end to end

@@ -384,6 +384,56 @@ def test_every_experiment_trains_two_steps_and_evaluates(experiment, tmp_path, m
     assert ("closed_form" in pictures) == (not experiment.endswith(("adgm", "m1m2")))
 
 
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+@pytest.mark.parametrize("module", [train, m1m2, adgm])
+def test_each_epoch_has_its_own_order_and_each_step_its_own_noise(module, tmp_path, monkeypatch):
+    """What the steps of two epochs were given, for two seeds. The first pixel of an image is its number."""
+    n, phases = 37, {"epochs": 2, "m1_epochs": 1} if module is m1m2 else {"epochs": 2}
+    images = torch.full((n, 1, 28, 28), 255, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(n)
+    labels = torch.tensor([0, 0, 0, 1, 1, 2]).repeat(7)[:n]
+    data = Dataset("digits", images, labels, images[:5], labels[:5], ("a", "b", "c"), "0" * 16, False)
+    monkeypatch.setattr(train, "load", lambda *a: data)
+    config = module.Config(
+        "digits", 3, n_labels=8, batch_unlabelled=10, batch_labelled=6, hidden_dim=4, learning_rate=0.02, **phases
+    )
+    runs = []
+    for seed in (0, 2):
+        seen, first = [], []
+
+        def step(model, optimizer, batch, precision, seen=seen, first=first):
+            first += [] if first else [{name: x.clone() for name, x in model.state_dict().items()}]
+            (group,) = optimizer.param_groups
+            assert type(optimizer) is torch.optim.Adam and (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
+            assert (group["lr"], group["weight_decay"]) == (0.02, 0) and {*group["params"]} == {*model.parameters()}
+            assert batch.unlabelled[:, 0, 1:].unique().item() == batch.labelled[:, 0, 1:].unique().item() == 1
+            drawn, known = ((255 * x[:, 0, 0, 0]).round().long() for x in (batch.unlabelled, batch.labelled))
+            assert torch.equal(batch.labels, labels[known])
+            draws = torch.randn(3, generator=batch.noise).tolist()
+            seen.append((drawn.tolist(), known.tolist(), batch.m1_alone, draws))
+            return {"loss": torch.zeros(())}
+
+        train.train(config, run.Options("digits", seed=seed, runs=tmp_path), step)
+        drawn, known, m1_alone, noises = zip(*seen, strict=True)
+        orders = [sum(drawn[i : i + 3], []) for i in (0, 3)]  # of 37 images 7 are left over
+        cycles = [sum(known[i : i + 3], []) for i in (0, 3)]  # three times six of the eight labelled images
+        assert len(seen) == 6 and all(len({*order}) == 30 for order in orders) and orders[0] != orders[1]
+        assert {*orders[0]} != {*orders[1]} and {*orders[0], *orders[1]} > {*cycles[0]}  # the labelled ones, too
+        for cycle in cycles:
+            assert {*cycle[:8]} == {*cycles[0]} and len({*cycle}) == 8 and cycle[8:] == (cycle[:8] * 2)[:10]
+        assert cycles[0] != cycles[1] and len({*map(tuple, noises)}) == 6
+        assert m1_alone == (((True,) if module is m1m2 else (False,)) * 3 + (False,) * 3)
+        if module is train:  # Sec. V: the proportions of the known labels, not of all
+            proportions = labels[cycles[0][:8]].bincount(minlength=3) / 8
+            assert torch.equal(first[0].pop("mixture.priors"), proportions)
+            assert not torch.allclose(proportions, labels.bincount() / n, atol=0.02)
+        weights = sum(x.double().sum().item() for x in first[0].values())
+        runs.append((orders[0], sorted({*cycles[0]}), noises[0], weights))
+    assert all(a != b for a, b in zip(*runs, strict=True))
+
+
 # ----------------------------------------------------------------------------------- gradients, switches, interruptions
 
 
