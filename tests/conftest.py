@@ -35,7 +35,7 @@ def command(*arguments: str, **kwargs) -> subprocess.Popen:
 def run_command(*arguments: str, **kwargs) -> tuple[int, str, str]:
     """A real command line to its end: exit code, standard output, standard error."""
     process = command(*arguments, **kwargs)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate()
     return process.returncode, out, err
 
 

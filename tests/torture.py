@@ -73,7 +73,7 @@ class Kind:
     def ended(self, child: "Child", *codes: int, says: str = "", what: str = "") -> None:
         """The command should end with one of these codes and, where that is not 0, with one line."""
         self.trial()
-        child.join(200)
+        child.join()
         code, err = child.exitcode, child.read("err")
         self.refused += code != 0
         fine = code in codes and says in err and (code == 0 or err.count("\n") == 1 and "Traceback" not in err)
