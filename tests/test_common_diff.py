@@ -103,7 +103,6 @@ def test_the_welch_interval_is_scipys():
         ([9, 9], 9.0, "equal", "holds (in 2 of 2 seeds)"),
         ([7], 9.0, "equal", "fails (in 0 of 1 seeds)"),
         ([7], [9, 10], "lower", "one seed: as claimed"),
-        ([7], [6], "lower", "one seed: not as claimed"),
         ([7, 8, 9], [6], "lower", "one seed: not as claimed"),
         ([7], [7], "lower", "one seed: not as claimed"),
         ([3, 3, 3, 3, 3], [1, 1, 1, 1, 1], "higher", "holds (difference in [2, 2])"),
