@@ -127,6 +127,21 @@ def test_the_same_seed_gives_the_same_bits(digits, few_steps):
     assert not equal(first, train(5))
 
 
+def test_each_epoch_takes_every_image_once_in_an_order_of_its_own_with_dropout(few_steps, monkeypatch):
+    seen, forward, images = [], classifier.Network.forward, some((1, 28, 28), 256)
+    images[:, 0, 0, 0] = torch.arange(256)
+
+    def recorded(network, x):
+        assert network.training and network.head[0].p == 0.3
+        seen.append(x[:, 0, 0, 0].tolist())
+        return forward(network, x)
+
+    monkeypatch.setattr(classifier.Network, "forward", recorded)
+    classifier.train(images, torch.arange(256) % 2, 2, 0, "cpu")
+    orders = {tuple(seen[i] + seen[i + 1]) for i in range(0, 14, 2)}  # batches of 128
+    assert len(seen) == 15 and len(orders) == 7 and all(sorted(order) == list(range(256)) for order in orders)
+
+
 def test_it_learns_any_labelled_images_even_a_few(monkeypatch):
     """As for clustering: labelled samples of a generator. Fewer than a batch, told apart by their brightest channel."""
     monkeypatch.setattr(classifier, "LEAST_STEPS", 40)

@@ -122,28 +122,6 @@ def test_a_checkpoint_comes_back_and_plain_torch_load_opens_it(tmp_path):
         run.load_checkpoint(path)
 
 
-def test_any_flipped_byte_or_cut_is_refused_or_harmless(tmp_path):
-    """A zip file has bytes that nobody reads. A bit flipped there may pass, but then the state is the same."""
-    path = tmp_path / "checkpoint.pt"
-    run.save_checkpoint(path, states()[1])
-    content = path.read_bytes()
-    positions = torch.randint(len(content), (150,), generator=torch.Generator().manual_seed(0)).tolist()
-    damaged = [content[:p] + bytes([content[p] ^ 1]) + content[p + 1 :] for p in [*positions, 0, len(content) - 1]]
-    damaged += [content[:p] for p in (0, 1, 63, 64, 65, len(content) // 2, len(content) - 1)]
-    refused = 0
-    for broken in damaged:
-        path.write_bytes(broken)
-        try:
-            state = run.load_checkpoint(path)
-        except UserError as error:
-            assert "damaged" in str(error) and "\n" not in str(error)
-            refused += 1
-        else:
-            assert state["step"] == 1 and torch.equal(state["weights"], torch.full((500,), 1.0))
-            assert state["names"] == ["a", None, 1.5]
-    assert refused > 0.7 * len(damaged)
-
-
 def test_a_checkpoint_that_carries_code_does_not_run_it(tmp_path):
     class Evil:
         def __reduce__(self):

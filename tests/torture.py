@@ -234,7 +234,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 def files(place: Path, rng: random.Random, quick: bool) -> Iterator[Kind]:
     """A damaged checkpoint is refused in one line and never misread; a damaged cache is made anew."""
-    kind, n, runs = Kind("a damaged checkpoint"), 5 if quick else 150, place / "damaged"
+    kind, n, runs = Kind("a damaged checkpoint"), 45 if quick else 150, place / "damaged"
     start(place, SMALL, 2, "--runs", runs).join()
     path = runs / FOLDER / "checkpoint.pt"
     content, good = path.read_bytes(), run.load_checkpoint(path)
