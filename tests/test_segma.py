@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -13,17 +14,21 @@ from scipy.special import hyp1f1
 from scipy.stats import multivariate_normal
 
 import segma
-from common import run
+from common import inception, plots, run
 from common.data import Dataset, choose_labels, load
+from common.metrics import frechet_distance, moments
 from segma import model
 from segma.eval import (
     between,
     closed_form_against_sampling,
     evaluate,
+    geometry,
     nearest_classes,
     points_between,
     rows_are_classes,
+    tables_i_and_iii,
     to_bytes,
+    training,
     verdict,
 )
 from segma.model import SeGMA
@@ -512,6 +517,24 @@ def test_bf16_follows_fp32(reconstruction):
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
+def test_figures_of_any_class_names_and_of_a_single_epoch(tmp_path, monkeypatch):
+    made, names = [], ["a_$", "b_$", "$_$ and not smiling", "6"]
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: made.append(figure))
+    lines = {"-".join(pair): {"$_$ and not smiling": 0.5} for pair in itertools.combinations(names, 2)}
+    geometry({"mean_distances": torch.rand(4, 4).tolist(), "between": lines}, names, tmp_path, "mine, seed 0")
+    for figure in made:  # nothing is printed over anything else, and $…$ is no formula
+        figure.canvas.draw()
+        boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+        assert len(boxes) == 12 and all(box.count_overlaps(boxes) == 1 for box in boxes)
+        assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == names
+    rows = [{"epoch": 1, "mse": 20.0, "d2": 0.1}, {"epoch": 2, "mse": 10.0, "d2": 0.001}]
+    for several, scales in ((rows, ["linear", "log"]), (rows[:1], ["linear", "linear"])):
+        training(several, tmp_path / "x.png", "mine, seed 0")
+        assert [axes.get_yscale() for axes in made[-1].axes[:2]] == scales
+        assert made[-1].axes[0].get_ylabel() == "reconstruction error, eq. (1)"
+        assert all(axes.lines[0].get_marker() == "." for axes in made[-1].axes[:2])
+
+
 def test_lines_pass_through_the_class_that_lies_between():
     means = torch.zeros(10, 10)
     means[:, 0] = torch.tensor([0, 100, 200, 300, 60, 500, 50, 700, 800, 70]).float()  # 6 at 50, 4 at 60, 9 at 70
@@ -544,10 +567,6 @@ def test_to_bytes_clips_and_truncates():
 
 def test_fids_are_taken_against_train_and_test(monkeypatch, tmp_path, trained):
     """Tables I and III with a random projection in the place of the Inception network: the wiring, and the cache."""
-    from common import inception
-    from common.metrics import frechet_distance, moments
-    from segma.eval import tables_i_and_iii
-
     projection = torch.randn(784, 16, generator=torch.Generator().manual_seed(0))
     calls = []
 
@@ -573,9 +592,6 @@ def test_fids_are_taken_against_train_and_test(monkeypatch, tmp_path, trained):
 
 
 def test_without_weights_fid_is_left_out_and_the_reason_printed(monkeypatch, capsys, tmp_path):
-    from common import inception
-    from segma.eval import tables_i_and_iii
-
     images, labels = torch.zeros(3000, 1, 28, 28, dtype=torch.uint8), torch.zeros(3000, dtype=torch.int64)
     data = Dataset("mnist", images, labels, images, labels, ("0",), "0" * 16, False)
     monkeypatch.setattr(inception, "find_weights", lambda path: (None, "the Inception weights are not here"))
