@@ -495,13 +495,17 @@ def test_eval_repeats_itself_and_reports_what_the_run_gives(trained, monkeypatch
     path = trained / "segma/digits/seed3/eval.json"
     before = json.loads(path.read_text())
     monkeypatch.setattr("segma.eval.figures", lambda *_: None)
-    after = evaluate(run.Options("digits", seed=3, runs=trained, threads=1))
+    options = run.Options("digits", seed=3, runs=trained, threads=1)
+    after = evaluate(options)
     assert after["metrics"] == before["metrics"] and after["details"] == before["details"]
     system, data = segma.load(path.parent), load("digits", "")
     wrong = (system.classify(system.encode(data.test_images)) != data.test_labels).double().mean().item()
     assert after["metrics"]["test_error"] == pytest.approx(100 * wrong)
     log = list(csv.DictReader(open(path.parent / "log.csv")))
     assert after["metrics"]["test_error"] == pytest.approx(float(log[-1]["test_error"]), abs=1e-4)
+    monkeypatch.setattr("segma.eval.load", lambda *_: dataclasses.replace(data, digest="0" * 16))
+    with pytest.raises(run.UserError, match=f"trained on digits with digest {data.digest}, found 0000"):
+        evaluate(options)
 
 
 @pytest.mark.parametrize("reconstruction", ["squared", "bernoulli"])
