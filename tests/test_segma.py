@@ -23,16 +23,18 @@ from segma.eval import (
     closed_form_against_sampling,
     evaluate,
     geometry,
+    intensities,
     nearest_classes,
     points_between,
     rows_are_classes,
+    style_transfers,
     tables_i_and_iii,
     to_bytes,
     training,
     verdict,
 )
 from segma.model import SeGMA
-from segma.train import Batch, Config, train, train_step
+from segma.train import Batch, Config, save_samples, train, train_step
 from tests.conftest import ROOT, run_command, slope
 
 
@@ -167,7 +169,8 @@ def test_bandwidth_is_silvermans():
 
 def test_posterior_is_eq_7_and_classify_its_mode():
     means, priors = random_mixture(4, 10)
-    z = sample_mixture(50, means, priors)
+    between = [(means[i] + means[j]) / 2 for i, j in itertools.combinations(range(4), 2)]  # where the priors decide
+    z = torch.cat([sample_mixture(44, means, priors), torch.stack(between)])
     densities = [multivariate_normal(mu.numpy(), np.eye(10)).pdf(z.numpy()) for mu in means]
     joint = np.stack(densities, 1) * priors.numpy()
     expected = joint / joint.sum(1, keepdims=True)
@@ -501,6 +504,15 @@ def test_eval_repeats_itself_and_reports_what_the_run_gives(trained, monkeypatch
     system, data = segma.load(path.parent), load("digits", "")
     wrong = (system.classify(system.encode(data.test_images)) != data.test_labels).double().mean().item()
     assert after["metrics"]["test_error"] == pytest.approx(100 * wrong)
+    found, images, z = after["metrics"], data.test_images / 255, system.encode(data.test_images)
+    squares = (images - system.decode(z)).square().sum().item() / 360
+    assert found["reconstruction_error"] == pytest.approx(squares, rel=1e-4)
+    distance = model.cramer_wold_distance(z.double(), system.means.double(), system.priors.double(), (4 / 30) ** 0.4)
+    assert found["distance"] == pytest.approx(distance.item(), rel=1e-6)
+    known = choose_labels(data.train_labels, 100, "random", 10, 3)
+    nearest = torch.cdist(images.flatten(1), data.train_images[known].flatten(1) / 255).argmin(1)
+    wrong = (data.train_labels[known][nearest] != data.test_labels).double().mean().item()
+    assert found["nearest_neighbour_error"] == pytest.approx(100 * wrong)
     log = list(csv.DictReader(open(path.parent / "log.csv")))
     assert after["metrics"]["test_error"] == pytest.approx(float(log[-1]["test_error"]), abs=1e-4)
     monkeypatch.setattr("segma.eval.load", lambda *_: dataclasses.replace(data, digest="0" * 16))
@@ -539,14 +551,45 @@ def test_figures_of_any_class_names_and_of_a_single_epoch(tmp_path, monkeypatch)
         assert all(axes.lines[0].get_marker() == "." for axes in made[-1].axes[:2])
 
 
+def test_figures_7_and_8_start_from_the_class_that_eq_7_gives(tmp_path, monkeypatch):
+    means = torch.zeros(4, 10)
+    means[:, 0] = torch.tensor([0.0, 20.0, 60.0, 90.0])  # the nearest: 1 of 0, 0 of 1, 3 of 2, 2 of 3
+    system, assigned, drawn = toy(means), torch.arange(12) % 4, []
+    z = means[assigned] + torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
+    system.decoder = torch.nn.Unflatten(1, (1, 1, 10))
+    images = torch.zeros(12, 1, 1, 10, dtype=torch.uint8)
+    data = Dataset("made up", images, assigned, images, (assigned + 1) % 4, tuple("0123"), "0" * 16, False)
+    monkeypatch.setattr(plots, "save_labelled_grid", lambda *arguments: drawn.append(arguments))
+    chosen = style_transfers(system, data, z, torch.Generator().manual_seed(1), tmp_path, "")
+    intensities(system, data, z, chosen, torch.Generator(), tmp_path, "")
+    assert assigned[chosen].tolist() == [0, 1, 2, 3] and [row[:4] for row in drawn[0][4]] == [
+        f"{k} to" for k in range(4)
+    ]
+    target = torch.tensor([int(row[-1]) for row in drawn[0][4]])
+    codes = [images.view(4, -1, 10)[:, 1:] for images, *_ in drawn]  # the first column is the real image
+    torch.testing.assert_close(codes[0][:, 0], z[chosen])
+    torch.testing.assert_close(codes[0][:, -1], z[chosen] + means[target] - means)
+    assert drawn[1][4] == ["0, away from 1", "1, away from 0", "2, away from 3", "3, away from 2"]
+    torch.testing.assert_close(codes[1][:, 2], z[chosen] + 0.5 * (means - means[[1, 0, 3, 2]]))
+
+
+def test_samples_are_always_from_the_same_noise(tmp_path):
+    system, paths = small(), [tmp_path / f"{i}.png" for i in range(3)]
+    for path, seed in zip(paths, (0, 0, 1), strict=True):
+        save_samples(system, path, seed)
+    once, again, other = (path.read_bytes() for path in paths)
+    assert once == again != other
+
+
 def test_lines_pass_through_the_class_that_lies_between():
     means = torch.zeros(10, 10)
     means[:, 0] = torch.tensor([0, 100, 200, 300, 60, 500, 50, 700, 800, 70]).float()  # 6 at 50, 4 at 60, 9 at 70
     system, data = toy(means), load("digits", "")
     z = means[data.test_labels]
+    z[(data.test_labels == 8).nonzero()[::2, 0]] = means[1]  # eq. (7) takes these for 1s: no line begins there
     shares = between(system, data, z, seed=0)
     assert shares["6-9"] == {"4": 1.0}
-    assert shares["4-6"] == {} and shares["1-2"] == {}
+    assert shares["4-6"] == shares["1-2"] == shares["7-8"] == {}
     assert list(shares["0-1"]) and set(shares["0-1"]) == {"4", "6", "9"}
     assert len(shares) == 45
     assert nearest_classes(system, data)["6"] == "4"

@@ -486,6 +486,14 @@ def test_switches_of_m1m2():
     x = torch.full((2000, 1, 2, 2), 0.3, dtype=torch.float64)
     pixels = m1m2.as_data(x, dataclasses.replace(system.config, binarise=True), noise())
     assert set(pixels.unique().tolist()) == {0.0, 1.0} and pixels.mean().item() == pytest.approx(0.3, abs=0.02)
+    seen, grey = [], batch_of(6, 4)
+    grey = grey._replace(unlabelled=0.3 + 0 * grey.unlabelled, labelled=0.6 + 0 * grey.labelled)
+    black_or_white = small(m1m2, binarise=True)
+    black_or_white.features.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].unique().tolist()))
+    optimizer = torch.optim.SGD(black_or_white.parameters(), lr=0.0)
+    for m1_alone in (True, False):
+        m1m2.train_step(black_or_white, optimizer, grey._replace(m1_alone=m1_alone))
+    assert seen == [[0, 1], [0, 1]]
     with torch.no_grad():
         for p in system.q_z1.parameters():
             p.zero_()
