@@ -208,7 +208,18 @@ def test_the_log_has_the_first_epoch_at_once_and_is_never_behind_a_checkpoint(tm
             logged.append(epochs_logged())
         assert logged == [1, 1, 1, 4, 4]
         r.save()
-        assert epochs_logged() == 5
+        assert epochs_logged() == 5 and [row["seconds"] for row in r.rows] == pytest.approx([0.1, 0.1, 0.1, 5.1, 0.1])
+    clock[0] += 100  # between the sessions; each epoch's mean is over its steps
+    with open_run(tmp_path, config=Config(epochs=9)) as r:
+        r.resume(*one_layer(), 2)
+        for loss in (1.0, 4.0):
+            clock[0] += 1
+            r.after_step({"loss": torch.tensor(loss)})
+        r.after_epoch()
+        r.finish()
+        state = run.load_checkpoint(r.path)
+    assert state["seconds"] == pytest.approx(7.5)
+    assert state["rows"][-1] == {"epoch": 6, "loss": 2.5, "seconds": pytest.approx(2)}
 
 
 def test_a_folder_made_otherwise_is_refused_with_the_difference(tmp_path):
