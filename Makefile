@@ -14,6 +14,14 @@ ALL ?=
 COMMANDS ?=
 FLAGS ?=
 
+# A misspelt variable would be ignored in silence, and so would SEEDS="0,1".
+KNOWN := SEEDS DATA RUNS DEVICE PRECISION THREADS EPOCHS INCEPTION DATASET UNOFFICIAL ALL COMMANDS FLAGS PYTHON ENGINE JOBS TIME STATUS
+NEAREST = python3 -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], n=1, cutoff=0.5))'
+$(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))),$(if $(filter $(v),$(KNOWN) MAKEFLAGS MAKEOVERRIDES -*-command-variables-*-),,\
+  $(error unknown variable $(v); did you mean $(or $(shell $(NEAREST) $(v) $(KNOWN)),one of $(KNOWN))?))))
+comma := ,
+$(if $(or $(findstring $(comma),$(SEEDS)),$(if $(strip $(SEEDS)),,empty)),$(error SEEDS="$(SEEDS)": expected whole numbers between spaces, as SEEDS="0 1 2"))
+
 WHERE = --data "$(DATA)" --runs "$(RUNS)" --device $(DEVICE) --threads $(THREADS) $(if $(UNOFFICIAL),--unofficial-data) $(if $(INCEPTION),--inception "$(INCEPTION)")
 HOW = --precision $(PRECISION) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DATASET),--dataset "$(DATASET)") $(FLAGS)
 CONFIGS := $(sort $(wildcard */configs/*.yaml))
@@ -24,6 +32,8 @@ PAPERS := $(sort $(foreach c,$(CONFIGS),$(firstword $(subst /, ,$(c)))))
 # `make … PYTHON=…` uses an environment of your own; without it, .venv is made once, and again when pyproject.toml changes.
 ifeq ($(origin PYTHON),command line)
 READY :=
+$(if $(shell "$(PYTHON)" -c 'from importlib.util import find_spec as f; print(f("torch") and f("torchvision") and "yes")' 2>/dev/null | grep yes),,\
+  $(error PYTHON=$(PYTHON) cannot import torch and torchvision; install this repository there: $(PYTHON) -m pip install -e '.[test]'))
 else
 PYTHON := .venv/bin/python
 READY := .venv/ready
@@ -70,7 +80,7 @@ MODULE = $(or $(and $(LAST),$(wildcard $(PAPER)/$(LAST).py),$(LAST)),train)
 
 $(SEEDED): $(READY)
 	@"$(PYTHON)" -m $(PAPER).$(MODULE) $(EXPERIMENT) --seed $(THIS_SEED) $(WHERE) $(HOW)
-	@"$(PYTHON)" -m $(PAPER).eval $(EXPERIMENT) --seed $(THIS_SEED) $(WHERE)
+	@"$(PYTHON)" -m $(PAPER).eval $(EXPERIMENT) --seed $(THIS_SEED) $(WHERE) $(HOW)
 
 $(TARGETS):
 	@"$(PYTHON)" -m common.diff show $(PAPER) --experiment $(EXPERIMENT) --runs "$(RUNS)"
@@ -103,6 +113,10 @@ results: $(READY)
 
 pending: $(READY)
 	@"$(PYTHON)" -m common.diff $(if $(COMMANDS),commands --data "$(DATA)" --threads $(THREADS) --precision $(PRECISION) --device $(DEVICE),pending) --runs "$(RUNS)"
+
+.DEFAULT:
+	@near="$$($(NEAREST) '$@' help setup test torture bench lint diff results pending clean $(TARGETS) $(PAPERS) $(BENCHES))"; \
+	echo "error: there is no target $@$${near:+; did you mean $$near?} (make alone lists all)" >&2; exit 2
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache *.egg-info

@@ -26,7 +26,7 @@ NOISE = 0.5  # a cluster whose largest class has a smaller share than this is ca
 def evaluate(options: run.Options) -> dict:
     """Evaluate one run: its metrics, written to eval.json, and its figures."""
     device, folder = run.set_up(options), options.folder("amm")
-    model, state = run.load_run("amm", folder, device)
+    model, state = run.load_run("amm", folder, device, options.moved)
     config, seed = model.config, state["identity"]["seed"]
     data = load(config.dataset, options.data, options.unofficial_data)
     run.check_data(folder, state, data)

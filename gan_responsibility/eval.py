@@ -31,7 +31,7 @@ SYSTEMS = {  # of Table 6 and Figure 4
 def evaluate(options: run.Options) -> dict:
     """Evaluate one run: its metrics, written to eval.json, and its figures."""
     device, folder = run.set_up(options), options.folder("gan_responsibility")
-    model, state = run.load_run("gan_responsibility", folder, device)
+    model, state = run.load_run("gan_responsibility", folder, device, options.moved)
     data = load(model.config.dataset, options.data, options.unofficial_data)
     run.check_data(folder, state, data)
     counts = ("parameter_count", "parameter_count_as_counted")

@@ -31,7 +31,7 @@ INCEPTION_SAMPLES = 50_000  # of Table 2, in 10 parts, as the score's authors do
 def evaluate(options: run.Options) -> dict:
     """Evaluate one run: its metrics, written to eval.json, and its figures."""
     device, folder = run.set_up(options), options.folder("gmgan")
-    model, state = run.load_run("gmgan", folder, device)
+    model, state = run.load_run("gmgan", folder, device, options.moved)
     _, data = load_data(model.config, options)
     run.check_data(folder, state, data)
     judges: dict[str, str | None] = {}
