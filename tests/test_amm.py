@@ -90,31 +90,44 @@ COUNTS = {  # encoder, G_z(y), decoder, D for K = 10, 20, 30
     SVHN: [(1_865_620, 1_408, 6_316_550, 1_947_841), (1_867_560, 2_688, 6_321_670, 1_948_801),
            (1_869_500, 3_968, 6_326_790, 1_949_761)],
 }  # fmt: skip
-SETTINGS = {  # Secs. 4, 4.1 and 4.2, ledger 9 and 10: λ, images held out and how, variance, batch, learning rate
-    "mnist": (10.0, 5000, "random", "unit", 32, 2e-4), "svhn": (0.01, 10_000, "last", "learned", 100, 2e-4),
-    "digits": (1.0, 100, "random", "unit", 32, 1e-3), "nonoise": (1.0, 5000, "random", "unit", 32, 1e-3),
+SHARED = {  # Secs. 4, 4.2, 4.3; eqs. (7) to (9), (18); what the paper is silent on is off
+    "n_components": 10, "latent_dim": 64, "factorisation": "eq7", "y_noise": "learned", "y_samples": 1,
+    "semi_supervised": False, "n_labels": 1000, "labels": "random", "penalty_norm": "joint", "penalty_ends": "joints",
+    "discriminator_dropout": "printed", "learning_rate": 2e-4, "discriminator_learning_rate": None, "decay_from": None,
+    "beta1": 0.5, "averaged_weights": 0, "held_out": "random", "variance": "unit",
 }  # fmt: skip
-NUMBERS = {  # K, labels
-    "mnist": (10, 0), "mnist-nonoise": (10, 0), "mnist-k20": (20, 0), "mnist-k30": (30, 0), "samm-mnist": (10, 100),
-    "svhn-k10": (10, 0), "svhn-k20": (20, 0), "svhn-k30": (30, 0), "samm-svhn": (10, 1000),
-    "digits": (10, 0), "samm-digits": (10, 100),
+OF_DATA = {  # Secs. 4, 4.1, Tables 4 and 8; ledger 8, 9, 10 and 23
+    "mnist": {"penalty": 10.0, "validation": 5000, "batch": 32, "epochs": 45},
+    "svhn": {"penalty": 0.01, "validation": 10_000, "held_out": "last", "variance": "learned", "batch": 100,
+             "epochs": 100},
+    "digits": {"penalty": 1.0, "validation": 100, "batch": 32, "learning_rate": 1e-3, "epochs": 150},
+}  # fmt: skip
+LONG = {"batch": 100, "epochs": 546}  # of 550 steps: 300,300 iterations
+NONOISE = {"y_noise": "none", "penalty": 1.0, "learning_rate": 1e-3, "epochs": 35}  # ledger 25
+NODROPOUT = {"discriminator_dropout": "none", "discriminator_learning_rate": 3e-3}
+DEPARTURES = {
+    "mnist": {}, "digits": {}, "svhn-k10": {}, "mnist-nonoise": NONOISE,
+    **{f"{data}-k{k}": {"n_components": k} for data in ("mnist", "svhn") for k in (20, 30)},
+    "samm-mnist": {"semi_supervised": True, "n_labels": 100},
+    "samm-svhn": {"semi_supervised": True}, "samm-digits": {"semi_supervised": True, "n_labels": 100, "epochs": 400},
+    "mnist-300k": LONG, "mnist-300k-t8": LONG | {"y_samples": 8}, "mnist-300k-nonoise": LONG | {"y_noise": "none"},
+    "mnist-300k-t8-nodropout": LONG | {"y_samples": 8, "discriminator_dropout": "none"},
+    "mnist-nodropout": NONOISE | NODROPOUT | {"decay_from": 21, "averaged_weights": 1000},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("experiment", run.experiments("amm"))
 def test_the_experiments_are_the_papers(experiment):
-    """Their settings, and the networks that they build: counts, with both factorisations, and initial weights."""
-    c, departs = run.experiment_config("amm", experiment), experiment == "mnist-nonoise"
-    assert (c.n_components, c.n_labels if c.semi_supervised else 0) == NUMBERS[experiment] and c.dataset in experiment
-    found = c.penalty, c.validation, c.held_out, c.variance, c.batch, c.learning_rate
-    assert found == SETTINGS["nonoise" if departs else c.dataset]
-    assert c.y_noise == ("none" if departs else "learned")
-    assert (c.beta1, c.latent_dim, c.factorisation, c.penalty_norm) == (0.5, 64, "eq7", "joint")
+    """Every value of their YAML, and the networks they build: counts, with both factorisations, and initial weights."""
+    c = run.experiment_config("amm", experiment)
+    expected = SHARED | {"dataset": c.dataset} | OF_DATA[c.dataset] | DEPARTURES[experiment]
+    assert dataclasses.asdict(c) == expected and c.dataset in experiment
     encoder, *others = COUNTS[c.shape][c.n_components // 10 - 1]
-    if departs:
+    if c.y_noise == "none":
         encoder -= 128 * 10 + 10  # Table 3's y_σ
     model = c.build()
     expected = dict(zip(NAMES, (encoder, *others), strict=True))
+    expected |= {"averaged": sum(expected.values())} if c.averaged_weights else {}
     assert {name: count(network) for name, network in model.named_children()} == expected
     eq_6 = count(dataclasses.replace(c, factorisation="eq6").build().encoder)
     assert eq_6 > encoder if c.semi_supervised else eq_6 == encoder  # a label enters by layers of its own
@@ -161,6 +174,12 @@ def test_every_layer_has_the_tables_shape_and_dropout(name, shape):
         assert out.shape == (n, *shape) and 0 <= out.min() and out.max() <= 1
     assert name != "discriminator" or out.shape == (n,)
     shares.clear()
+    if name == "discriminator":
+        for module in (d := Discriminator(shape, 10, 64, dropout=False).double()).modules():
+            if isinstance(module, (*CONV, DENSE)):
+                module.register_forward_pre_hook(lambda _, given: shares.append((given[0] == 0).float().mean().item()))
+        d(*example)
+        assert len(shares) == len(dropouts)
     network.eval()(*example)
     assert set(shares) == {0.0}
 
@@ -357,31 +376,6 @@ def test_the_penalty_s_second_order_gradient_by_finite_differences(real):
             assert slope == pytest.approx(grad[index].item(), rel=1e-3 if real else 1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("factorisation", ["eq7", "eq6"])
-@pytest.mark.parametrize("semi_supervised", [False, True])
-def test_losses_and_who_is_moved_by_which(factorisation, semi_supervised, monkeypatch):
-    """Each loss alone, the others set to nothing: whose gradient is not 0; and the labelled game leaves G_y alone."""
-
-    def moved(kept: str, labelled_only: bool = False) -> set[str]:
-        for name, own in LOSSES.items():
-            loss = lambda rho, own=own, on=name == kept: own(rho[labelled_only:]) * on  # noqa: E731
-            monkeypatch.setattr(AMM, name, staticmethod(loss))
-        model = built(factorisation=factorisation, semi_supervised=semi_supervised, penalty=0.0)
-        torch.manual_seed(0)
-        gradients(model)
-        return {name for name, p in model.named_parameters() if p.grad.abs().max() > 0}
-
-    assert {name.split(".")[0] for name in moved("discriminator_loss")} == {"discriminator"}
-    assert {name.split(".")[0] for name in moved("decoder_loss")} == {"decoder", "components"}
-    of_encoder = moved("encoder_loss")
-    assert {name.split(".")[0] for name in of_encoder} == {"encoder"}
-    assert any(".y_heads." in name for name in of_encoder) and any(".z_heads." in name for name in of_encoder)
-    assert any(".label." in name for name in of_encoder) == (semi_supervised and factorisation == "eq6")
-    if semi_supervised:
-        labelled = moved("encoder_loss", labelled_only=True)
-        assert labelled and all(".z" in name or ".label." in name for name in labelled)  # θ_Gz alone
-
-
 def samples(model, x, label=None):
     """The listings' samples of one game, line by line, with nothing cut out of the graph."""
     y = F.one_hot(torch.multinomial(PRIORS, len(x), replacement=True), len(PRIORS)).float()
@@ -391,14 +385,16 @@ def samples(model, x, label=None):
     h, (z_mean, z_log_variance) = model.encoder(x, label)
     inferred_y = label
     if label is None:
-        noise = torch.randn_like(h[0])
-        inferred_y = (h[0] if model.config.y_noise == "none" else h[0] + (h[1] / 2).exp() * noise).softmax(1)
+        scale = 0 if model.config.y_noise == "none" else (h[1] / 2).exp()
+        draws = [h[0] + scale * noise for noise in torch.randn(model.config.y_samples, *h[0].shape)]
+        inferred_y = sum(draw.softmax(1) for draw in draws) / len(draws)
     return (x, inferred_y, z_mean + (z_log_variance / 2).exp() * torch.randn_like(z_mean)), (made, y, z)
 
 
 SWITCHES = [
     {}, {"penalty_norm": "each"}, {"penalty_norm": "probability"}, {"penalty_ends": "sources"},
-    {"factorisation": "eq6"}, {"y_noise": "none"}, {"y_noise": "none", "factorisation": "eq6"},
+    {"factorisation": "eq6"}, {"y_noise": "none"}, {"y_noise": "none", "factorisation": "eq6"}, {"y_samples": 3},
+    {"variance": "learned"},
 ]  # fmt: skip
 
 
@@ -496,30 +492,6 @@ def test_the_labelled_game_leaves_the_statistics_of_g_y_alone(factorisation):
     model.play(BATCH.labelled, BATCH.labels)
     after = model.encoder.state_dict()
     assert all(torch.equal(after[k], v) == ("y_norm" in k) for k, v in before.items())
-
-
-def test_the_games_draw_from_the_priors_and_the_mixture():
-    model, n = built(variance="learned"), 4000
-    torch.manual_seed(0)
-    x = torch.rand(n, 1, 1, 1).expand(-1, *MNIST)
-    g = torch.Generator().manual_seed(8)
-    means, log_variances = 3 * torch.randn(3, 4, generator=g), 1.5 * torch.randn(3, 4, generator=g)
-    of_z = 2 * torch.randn(4, generator=g), torch.tensor([1.5, -1.5, 0.7, -3.0])
-    h = torch.zeros(n, 3), torch.full((n, 3), 2.0)
-    model.decoder = Says(lambda y, z: x)
-    model.encoder = Says(lambda x, label: (h, tuple(part.expand(n, 4) for part in of_z)))
-    model.components = Says(lambda y: (y @ means, y @ log_variances))
-    (_, inferred_y, inferred_z), (_, y, z) = model.play(x)
-    torch.testing.assert_close(y.mean(0), PRIORS, atol=0.03, rtol=0)
-    components = [(z[y[:, k] == 1], means[k], log_variances[k]) for k in range(3)]
-    for drawn in [*components, (inferred_z, *of_z)]:
-        check_drawn(*drawn, rtol=0.12)
-    torch.testing.assert_close(inferred_y.sum(1), torch.ones(n))
-    # The logits, up to a constant: three of variance e² less their mean.
-    logits = inferred_y.log() - inferred_y.log().mean(1, keepdim=True)
-    torch.testing.assert_close(logits.var(), torch.tensor(math.exp(2.0) * 2 / 3), rtol=0.05, atol=0)
-    known = torch.zeros(n, dtype=torch.int64)
-    assert torch.equal(model.play(x, known).inferred[1], F.one_hot(known, 3).float())
 
 
 def test_a_short_run_finds_two_clusters():
@@ -780,7 +752,11 @@ def test_what_the_figures_show(monkeypatch, tmp_path):
     assert len(real.unique()) == 40 and torch.equal(real, made)
     one_hot = model.infer(data.test_images).h.softmax(1)
     torch.testing.assert_close(decoded[0], (one_hot[real.flatten()], real.reshape(-1, 1).float()))
+    labels_of = {name: shown[name][-1] for name in grids}
+    assert labels_of["samples"] == labels_of["members"] == ["component 0", "component 1", "component 2"]
+    assert labels_of["reconstructions"] == ["image", "reconstruction"] * 4
     lines = values["interpolations"].view(10, evaluation.STEPS + 2)
+    assert labels_of["interpolations"] == [f"{row[0] % 10} to {row[-1] % 10}" for row in lines.tolist()]
     assert shown["interpolations"][2] == evaluation.STEPS + 2 and (lines[:, 0] != lines[:, -1]).all()
     t = torch.linspace(0, 1, evaluation.STEPS)[:, None]
     for code, of_image in zip(decoded[1], (one_hot, torch.arange(40.0)[:, None]), strict=True):
@@ -788,6 +764,12 @@ def test_what_the_figures_show(monkeypatch, tmp_path):
         torch.testing.assert_close(code.view(10, evaluation.STEPS, -1), (1 - t) * first + t * last)
     points, classes = shown["tsne"][:2]
     assert sorted(points[:, 0].tolist()) == list(range(40)) and torch.equal(points[:, 0].long() % 10, classes)
+
+
+@pytest.mark.parametrize("z", [torch.ones(50, 4), torch.full((50, 1), 0.1), torch.arange(50.0)[:, None], torch.eye(2)])
+def test_t_sne_of_codes_that_are_one_point_or_on_a_line(z):
+    points = evaluation.embedded(z)
+    assert points.shape == (len(z), 2) and points.isfinite().all()
 
 
 def test_other_readings_of_test_time():
@@ -850,43 +832,34 @@ def test_of_svhn_extra_only_train_is_held_out_and_labelled(monkeypatch):
     assert s.known.max() < 40 and len(s.known) == 30
 
 
-def test_each_labelled_image_comes_with_its_own_label(monkeypatch, tmp_path):
+def test_the_order_the_noise_and_the_labels_of_two_epochs(monkeypatch, tmp_path):
+    """50 images in batches of 8: 6 steps. No noise comes twice; each epoch has an order; labels are their images'."""
     labels = torch.randint(10, (60,), generator=torch.Generator().manual_seed(0))
-    images = numbered(*(20 * labels).tolist())  # an image tells its class
-    data = of_images(images, labels, images[:20], labels[:20])
-    config, batches = few_steps("samm-digits", epochs=2, batch=8, n_labels=30, labels="random"), []
+    images = numbered(*range(60))
+    data, batches, noise = of_images(images, labels, images[:20], labels[:20]), [], []
+    config = few_steps("samm-digits", epochs=2, batch=8, n_labels=30, labels="random")
+
+    def step(model, optimizers, batch, precision):
+        batches.append(batch)
+        noise.append(torch.rand(()).item())
+        return {"loss": torch.zeros(())}
+
     monkeypatch.setattr(train, "load", lambda *_: data)
-    monkeypatch.setattr(train, "train_step", lambda m, o, batch, *_: batches.append(batch) or {"loss": torch.zeros(())})
+    monkeypatch.setattr(train, "train_step", step)
     train.train(config, run.Options("samm-digits", runs=tmp_path, device="cpu"))
-    assert len(batches) == 12
-    for batch in batches:
-        torch.testing.assert_close(batch.labelled[:, 0, 5, 7], batch.labels * 20 / 255)
-    assert torch.cat([batch.images for batch in batches]).max() <= 1
-    # 48 draws of an epoch: once through all 30, then in another order.
-    passes, s = torch.cat([batch.labels for batch in batches[:6]]), train.split(config, data, 0)
-    assert torch.equal(passes[:30].sort().values, s.labels[s.known].sort().values)
-    assert not torch.equal(passes[:18], passes[30:])
-
-
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
-
-
-@pytest.mark.parametrize("of_parameter, of_gradient, fused", [*itertools.product(LAYOUTS, LAYOUTS, [False, True])])
-def test_each_entry_moves_by_its_own_gradient_whatever_the_layouts(of_parameter, of_gradient, fused):
-    """Adam walks a parameter and its `.grad` as flat memory, so `backward` must bring both to one layout."""
-    start, gradient = torch.randn(2, 4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    plain, mine = (torch.nn.Parameter(start.clone(memory_format=layout)) for layout in (LAYOUTS[0], of_parameter))
-    mine.register_hook(lambda _: plain.grad.contiguous(memory_format=of_gradient))
-    expected, optimizer = torch.optim.Adam([plain], lr=0.1), torch.optim.Adam([mine], lr=0.1, fused=fused)
-    for scale in (1.0, -0.3):
-        plain.grad = scale * gradient
-        optimizer.zero_grad()
-        mine.sum().backward(inputs=[mine])
-        assert mine.grad.stride() == mine.stride()
-        expected.step()
-        optimizer.step()
-    torch.testing.assert_close(mine.detach(), plain.detach(), rtol=1e-6, atol=1e-6)
-    assert mine.stride() == start.contiguous(memory_format=of_parameter).stride()
+    assert len(batches) == 12 == len(set(noise)) and all(len(batch.images) == 8 for batch in batches)
+    pixels = [torch.cat([getattr(batch, kind)[:, 0, 5, 7] for batch in batches]) for kind in ("images", "labelled")]
+    seen, known = ((255 * part).round().long().view(2, 48) for part in pixels)
+    torch.testing.assert_close(pixels[0], seen.flatten() / 255)
+    for order in seen:
+        assert len(order.unique()) == 48 and not torch.equal(order, order.sort().values)
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[0].sort().values, seen[1].sort().values)
+    assert torch.equal(torch.cat([batch.labels for batch in batches]).view(2, 48), labels[known])
+    s = train.split(config, data, 0)
+    for order in known:  # once through all 30, then in another order
+        assert torch.equal(order[:30].sort().values, s.images[s.known][:, 0, 5, 7].sort().values)
+        assert not torch.equal(order[:18], order[30:])
+    assert not torch.equal(known[0], known[1])
 
 
 def test_the_gradients_of_a_step_have_their_parameters_layout():
@@ -943,6 +916,62 @@ def test_the_loop_s_steps_are_plain_adam_s(experiment, batch, tiny, tmp_path, mo
     train.train(config, run.Options(experiment, runs=tmp_path, device="cpu", unofficial_data=True))
     for name, p in kept["model"].named_parameters():
         torch.testing.assert_close(p, kept["plain"][0].get_parameter(name), rtol=0, atol=1e-8)
+
+
+ALL_ON = {
+    "y_samples": 2, "discriminator_dropout": "none", "learning_rate": 1e-3, "discriminator_learning_rate": 3e-3,
+    "decay_from": 2, "averaged_weights": 3, "epochs": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", ["mnist", "samm-mnist"])
+def test_rates_that_fall_and_averaged_weights_and_both_after_a_stop(experiment, tiny, tmp_path, monkeypatch):
+    """8 steps, against NumPy: rates from the third on, weights averaged over 3 steps; a stopped run ends the same."""
+    own, rates, weights, limit = train.train_step, [], [], None
+
+    def step(model, optimizers, *rest):
+        if len(rates) == limit:
+            raise KeyboardInterrupt
+        rates.append([optimizers[name].param_groups[0]["lr"] for name in ("discriminator", "encoder", "decoder")])
+        shown = own(model, optimizers, *rest)
+        weights.append({k: v.double().numpy() for k, v in model.state_dict().items() if not k.startswith("averaged")})
+        return shown
+
+    monkeypatch.setattr(train, "train_step", step)
+    config = few_steps(experiment, **ALL_ON)
+    whole, stopped = (run.Options(experiment, runs=tmp_path / name, device="cpu", save_every=0) for name in "ab")
+    state = run.load_checkpoint(train.train(config, whole) / "checkpoint.pt")
+    line = np.interp(np.arange(8), [2, 8], [1, 0])  # 1 up to the third step, 0 after the eighth
+    np.testing.assert_allclose(rates, line[:, None] * [3e-3, 1e-3, 1e-3], rtol=1e-12)
+    for name, value in state["weights"].items():
+        if (key := name.removeprefix("averaged.")) != name and value.is_floating_point():
+            first, *others = [np.mean([w[key] for w in weights[:3]], 0), *(w[key] for w in weights[3:])]
+            for w in others:
+                first = 2 / 3 * first + w / 3
+            np.testing.assert_allclose(value, first, rtol=1e-4, atol=1e-6, err_msg=name)
+    model, data, row = amm.load(tmp_path / "a" / "amm" / experiment / "seed0"), train.load("mnist"), state["rows"][-1]
+    alone = dataclasses.replace(config, averaged_weights=0).build()
+    alone.load_state_dict({k[9:]: v for k, v in state["weights"].items() if k.startswith("averaged.")}, strict=False)
+    assert torch.equal(alone.classify(data.test_images), model.averaged.classify(data.test_images))
+    predicted = alone.classify(data.test_images)
+    assert row["test_error_averaged"] == scores.error(alone, predicted, data.test_labels, 10)
+    assert evaluation.evaluate(whole)["metrics"]["error_averaged"] == row["test_error_averaged"]
+    for limit in (3, 2):  # noqa: B007, for `step`: stopped in the second epoch, and in the third
+        rates.clear()
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config, stopped)
+    limit = None
+    again = run.load_checkpoint(train.train(config, stopped) / "checkpoint.pt")
+    assert all(torch.equal(value, again["weights"][name]) for name, value in state["weights"].items())
+    with pytest.raises(run.UserError, match="epochs cannot grow once the rates fall"):
+        train.train(dataclasses.replace(config, epochs=5), whole)
+
+
+def test_what_the_switches_refuse(tmp_path):
+    with pytest.raises(ValueError, match="y_samples: of no influence without noise"):
+        train.Config(y_noise="none", y_samples=8)
+    with pytest.raises(run.UserError, match="--graph: a recording keeps its learning rates"):
+        train.train(few_steps("mnist", decay_from=1), run.Options("mnist", runs=tmp_path, graph=True))
 
 
 @pytest.mark.parametrize("experiment", ["mnist-k20", "samm-mnist", "svhn-k30", "samm-svhn"])
