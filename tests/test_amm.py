@@ -68,12 +68,6 @@ class Says(torch.nn.Module):  # a network that answers with a function of its in
         return self.function(*given)
 
 
-def check_drawn(drawn, mean, log_variance, rtol):  # draws (n, D) have this mean and this variance
-    deviation = (log_variance / 2).exp()
-    assert ((drawn.mean(0) - mean).abs() < 5 * deviation / math.sqrt(len(drawn))).all()
-    torch.testing.assert_close(drawn.std(0), deviation, rtol=rtol, atol=0)
-
-
 def numbered(*numbers: int) -> torch.Tensor:  # images whose pixels are their numbers
     return torch.tensor(numbers, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, *MNIST).contiguous()
 
@@ -94,25 +88,24 @@ SHARED = {  # Secs. 4, 4.2, 4.3; eqs. (7) to (9), (18); what the paper is silent
     "n_components": 10, "latent_dim": 64, "factorisation": "eq7", "y_noise": "learned", "y_samples": 1,
     "semi_supervised": False, "n_labels": 1000, "labels": "random", "penalty_norm": "joint", "penalty_ends": "joints",
     "discriminator_dropout": "printed", "learning_rate": 2e-4, "discriminator_learning_rate": None, "decay_from": None,
-    "beta1": 0.5, "averaged_weights": 0, "held_out": "random", "variance": "unit",
+    "beta1": 0.5, "averaged_weights": 0, "held_out": "random", "variance": "unit", "batch": 100,
 }  # fmt: skip
 OF_DATA = {  # Secs. 4, 4.1, Tables 4 and 8; ledger 8, 9, 10 and 23
     "mnist": {"penalty": 10.0, "validation": 5000, "batch": 32, "epochs": 45},
-    "svhn": {"penalty": 0.01, "validation": 10_000, "held_out": "last", "variance": "learned", "batch": 100,
-             "epochs": 100},
+    "svhn": {"penalty": 0.01, "validation": 10_000, "held_out": "last", "variance": "learned", "epochs": 100},
     "digits": {"penalty": 1.0, "validation": 100, "batch": 32, "learning_rate": 1e-3, "epochs": 150},
 }  # fmt: skip
 LONG = {"batch": 100, "epochs": 546}  # of 550 steps: 300,300 iterations
 NONOISE = {"y_noise": "none", "penalty": 1.0, "learning_rate": 1e-3, "epochs": 35}  # ledger 25
-NODROPOUT = {"discriminator_dropout": "none", "discriminator_learning_rate": 3e-3}
 DEPARTURES = {
     "mnist": {}, "digits": {}, "svhn-k10": {}, "mnist-nonoise": NONOISE,
     **{f"{data}-k{k}": {"n_components": k} for data in ("mnist", "svhn") for k in (20, 30)},
-    "samm-mnist": {"semi_supervised": True, "n_labels": 100},
-    "samm-svhn": {"semi_supervised": True}, "samm-digits": {"semi_supervised": True, "n_labels": 100, "epochs": 400},
+    "samm-mnist": {"semi_supervised": True, "n_labels": 100}, "samm-svhn": {"semi_supervised": True},
+    "samm-digits": {"semi_supervised": True, "n_labels": 100, "epochs": 400},
     "mnist-300k": LONG, "mnist-300k-t8": LONG | {"y_samples": 8}, "mnist-300k-nonoise": LONG | {"y_noise": "none"},
     "mnist-300k-t8-nodropout": LONG | {"y_samples": 8, "discriminator_dropout": "none"},
-    "mnist-nodropout": NONOISE | NODROPOUT | {"decay_from": 21, "averaged_weights": 1000},
+    "mnist-nodropout": NONOISE | {"discriminator_dropout": "none", "discriminator_learning_rate": 3e-3,
+                                  "decay_from": 21, "averaged_weights": 1000},
 }  # fmt: skip
 
 
@@ -175,11 +168,8 @@ def test_every_layer_has_the_tables_shape_and_dropout(name, shape):
     assert name != "discriminator" or out.shape == (n,)
     shares.clear()
     if name == "discriminator":
-        for module in (d := Discriminator(shape, 10, 64, dropout=False).double()).modules():
-            if isinstance(module, (*CONV, DENSE)):
-                module.register_forward_pre_hook(lambda _, given: shares.append((given[0] == 0).float().mean().item()))
-        d(*example)
-        assert len(shares) == len(dropouts)
+        without = Discriminator(shape, 10, 64, dropout=False).modules()
+        assert {module.p for module in without if isinstance(module, InputDropout)} == {0.0}
     network.eval()(*example)
     assert set(shares) == {0.0}
 
@@ -342,9 +332,6 @@ def test_the_penalty_of_a_linear_discriminator_in_closed_form(kind):
         assert penalty.item() == pytest.approx((at * (1 - at) * norms[0] - 1).square().mean().item(), rel=1e-6)
         return
     assert penalty.item() == pytest.approx(sum((n - 1) ** 2 for n in norms[: 3 if kind == "each" else 1]), rel=1e-6)
-    penalty.backward()
-    for w, n in zip(weights, norms, strict=True):  # d/dw (‖w‖ - 1)² = 2 (‖w‖ - 1) w / ‖w‖
-        torch.testing.assert_close(w.grad, 2 * (n - 1) * w.detach() / n, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("real", [False, True])
@@ -562,15 +549,12 @@ def test_images_in_and_out():
 def test_images_are_drawn_around_the_means():
     model, seen = built(variance="learned"), []
     model.decoder.register_forward_pre_hook(lambda _, given: seen.append(given))
-    components = torch.arange(3).repeat_interleave(600)
-    model.sample(components)
-    y, z = (torch.cat(column) for column in zip(*seen, strict=True))
-    means, log_variances = model.mixture()
-    assert torch.equal(y.argmax(1), components)
-    for k in range(3):
-        check_drawn(z[components == k], means[k], log_variances[k], rtol=0.15)
-    one, same, other = (model.sample(components[:5], seed) for seed in (0, 0, 1))
-    assert torch.equal(one, same) and not torch.equal(one, other)
+    components = torch.arange(3).repeat_interleave(4)
+    one, same, other = (model.sample(components, seed) for seed in (0, 0, 1))
+    (y, z), means, log_variances = seen[2], *(part[components] for part in model.mixture())
+    noise = torch.randn(12, 4, generator=run.generator(1, "sample"))
+    assert torch.equal(y.argmax(1), components) and torch.equal(one, same) and not torch.equal(one, other)
+    torch.testing.assert_close(z, means + (log_variances / 2).exp() * noise)
 
 
 def test_both_mappings_of_eq_17_by_brute_force():
@@ -782,6 +766,7 @@ def test_other_readings_of_test_time():
     torch.manual_seed(0)
     with torch.no_grad():
         noisy = [[mean + (v / 2).exp() * torch.randn_like(mean) for mean, v in encoder(part)] for part in x.split(6)]
+        noisy = [[h.softmax(1), z] for h, z in noisy]
         for module in encoder.modules():
             module.train(not isinstance(module, InputDropout))
         by_batch = [[mean for mean, _ in encoder(part)] for part in x.split(6)]
@@ -835,8 +820,7 @@ def test_of_svhn_extra_only_train_is_held_out_and_labelled(monkeypatch):
 def test_the_order_the_noise_and_the_labels_of_two_epochs(monkeypatch, tmp_path):
     """50 images in batches of 8: 6 steps. No noise comes twice; each epoch has an order; labels are their images'."""
     labels = torch.randint(10, (60,), generator=torch.Generator().manual_seed(0))
-    images = numbered(*range(60))
-    data, batches, noise = of_images(images, labels, images[:20], labels[:20]), [], []
+    data, batches, noise = of_images(numbered(*range(60)), labels, numbered(*range(20)), labels[:20]), [], []
     config = few_steps("samm-digits", epochs=2, batch=8, n_labels=30, labels="random")
 
     def step(model, optimizers, batch, precision):
@@ -844,13 +828,12 @@ def test_the_order_the_noise_and_the_labels_of_two_epochs(monkeypatch, tmp_path)
         noise.append(torch.rand(()).item())
         return {"loss": torch.zeros(())}
 
-    monkeypatch.setattr(train, "load", lambda *_: data)
-    monkeypatch.setattr(train, "train_step", step)
+    for name, other in (("load", lambda *_: data), ("train_step", step)):
+        monkeypatch.setattr(train, name, other)
     train.train(config, run.Options("samm-digits", runs=tmp_path, device="cpu"))
     assert len(batches) == 12 == len(set(noise)) and all(len(batch.images) == 8 for batch in batches)
     pixels = [torch.cat([getattr(batch, kind)[:, 0, 5, 7] for batch in batches]) for kind in ("images", "labelled")]
     seen, known = ((255 * part).round().long().view(2, 48) for part in pixels)
-    torch.testing.assert_close(pixels[0], seen.flatten() / 255)
     for order in seen:
         assert len(order.unique()) == 48 and not torch.equal(order, order.sort().values)
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[0].sort().values, seen[1].sort().values)
@@ -860,17 +843,6 @@ def test_the_order_the_noise_and_the_labels_of_two_epochs(monkeypatch, tmp_path)
         assert torch.equal(order[:30].sort().values, s.images[s.known][:, 0, 5, 7].sort().values)
         assert not torch.equal(order[:18], order[30:])
     assert not torch.equal(known[0], known[1])
-
-
-def test_the_gradients_of_a_step_have_their_parameters_layout():
-    """The double backward of the penalty leaves contiguous gradients for channels-last weights; `.grad` is not so."""
-    strides = lambda t: [stride for stride, n in zip(t.stride(), t.shape, strict=True) if n > 1]  # noqa: E731
-    model = built().to(memory_format=torch.channels_last)
-    weights = [p for p in model.discriminator.x.parameters() if p.dim() == 4]
-    given = torch.autograd.grad(model.penalty([model.play(BATCH.images)]), weights)
-    assert any(strides(p) != strides(gradient) for p, gradient in zip(weights, given, strict=True))
-    gradients(model)
-    assert all(strides(p) == strides(p.grad) for p in model.parameters())
 
 
 @pytest.fixture
@@ -952,8 +924,7 @@ def test_rates_that_fall_and_averaged_weights_and_both_after_a_stop(experiment, 
     model, data, row = amm.load(tmp_path / "a" / "amm" / experiment / "seed0"), train.load("mnist"), state["rows"][-1]
     alone = dataclasses.replace(config, averaged_weights=0).build()
     alone.load_state_dict({k[9:]: v for k, v in state["weights"].items() if k.startswith("averaged.")}, strict=False)
-    assert torch.equal(alone.classify(data.test_images), model.averaged.classify(data.test_images))
-    predicted = alone.classify(data.test_images)
+    assert torch.equal(predicted := alone.classify(data.test_images), model.averaged.classify(data.test_images))
     assert row["test_error_averaged"] == scores.error(alone, predicted, data.test_labels, 10)
     assert evaluation.evaluate(whole)["metrics"]["error_averaged"] == row["test_error_averaged"]
     for limit in (3, 2):  # noqa: B007, for `step`: stopped in the second epoch, and in the third
