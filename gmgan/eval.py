@@ -14,7 +14,6 @@ from torch import Tensor
 
 from common import classifier, inception, plots, run
 from common.data import Dataset
-from common.metrics import contingency, error_rate, normalised_mutual_information
 from gmgan import scores, toy
 from gmgan.model import GMGAN, Gan
 from gmgan.train import load_data
@@ -67,7 +66,7 @@ def on_images(model: Gan, data: Dataset, options: run.Options) -> tuple[dict[str
     judge = Judge(network, reference, log_a, data.n_classes)
     images, groups = model.sample_mixture(SAMPLES, seed=options.seed)
     values, classes = judged(judge, images, options.seed)
-    found |= values | groups_and_classes(model, classes, groups, data.n_classes)
+    found |= values | scores.groups_and_classes(model, classes, groups, data.n_classes)
     for multiplier in MULTIPLIERS:  # 1 among them: all points of a curve are of as many samples, and of the same pairs
         images, _ = model.sample_mixture(CURVE_SAMPLES, multiplier, options.seed)
         values, _ = judged(judge, images, options.seed)
@@ -108,25 +107,6 @@ def judged(judge: Judge, images: Tensor, seed: int) -> tuple[dict[str, float], T
         "largest_class": 100 * largest / len(classes),
     }
     return found, classes
-
-
-def groups_and_classes(model: Gan, classes: Tensor, groups: Tensor, n_classes: int) -> dict[str, float]:
-    """How far a Gaussian is a class, in percent (Sec. 5). classes, groups: (n,), of each sample.
-
-    Supervised: samples whose class is the one that their Gaussian stands for. Else: the share of its Gaussian's most
-    frequent class, how many classes are such, and the NMI of Gaussian and class.
-    """
-    if model.supervised:
-        of_class, of_group = model.output_of_class.cpu(), model.output_of_group.cpu()
-        return {"samples_of_their_class": 100 - error_rate(of_class[classes], of_group[groups])}
-    if model.config.groups == 1:
-        return {}
-    counts = contingency(groups, classes, model.config.groups, n_classes)
-    return {
-        "component_purity": 100 * (counts.amax(1).sum() / counts.sum()).item(),
-        "component_nmi": normalised_mutual_information(counts),
-        "main_classes": float(len(counts.argmax(1).unique())),
-    }
 
 
 def clustering(model: Gan, data: Dataset, seed: int) -> dict[str, float]:

@@ -584,16 +584,16 @@ def test_samples_use_the_running_means_and_leave_the_mode_alone():
 def test_what_is_said_of_groups_and_classes():
     classes = torch.tensor([3, 3, 3, 1, 2, 2, 2, 2])
     groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    found = gmgan_eval.groups_and_classes(coded(n_components=2, n_classes=4), classes, groups, 4)
+    found = scores.groups_and_classes(coded(n_components=2, n_classes=4), classes, groups, 4)
     nmi = sklearn.metrics.normalized_mutual_info_score(classes, groups, average_method="geometric")
     assert found == {"component_purity": 87.5, "component_nmi": pytest.approx(nmi), "main_classes": 2}
     supervised = coded(supervised=True, n_components=4, n_classes=4, class_map="3,2,1,0")
-    found = gmgan_eval.groups_and_classes(supervised, torch.tensor([3, 2, 1, 3]), torch.tensor([0, 1, 2, 3]), 4)
+    found = scores.groups_and_classes(supervised, torch.tensor([3, 2, 1, 3]), torch.tensor([0, 1, 2, 3]), 4)
     assert found == {"samples_of_their_class": 75}
     grouped = coded(supervised=True, n_components=2, n_classes=4)  # classes 0, 2 are Gaussian 0's, 1, 3 Gaussian 1's
-    found = gmgan_eval.groups_and_classes(grouped, torch.tensor([0, 2, 1, 3]), torch.tensor([0, 0, 0, 1]), 4)
+    found = scores.groups_and_classes(grouped, torch.tensor([0, 2, 1, 3]), torch.tensor([0, 0, 0, 1]), 4)
     assert found == {"samples_of_their_class": 75}
-    assert gmgan_eval.groups_and_classes(coded(n_components=1), classes, groups, 4) == {}
+    assert scores.groups_and_classes(coded(n_components=1), classes, groups, 4) == {}
 
 
 def test_clustering_is_of_both_sets_and_in_this_order(monkeypatch):
