@@ -102,44 +102,25 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def test_unsupervised_losses_by_hand():
-    model = train.Config(dataset="toy", n_components=2, **TINY).build()
-    real, fake = [0.4, -1.2], [2.0, 0.3]
-    expected = -sum(math.log(sigmoid(x)) for x in real) - sum(math.log(1 - sigmoid(x)) for x in fake)
-    labels = torch.tensor([8, 3])  # of no influence
-    found = model.discriminator_loss(torch.tensor(real)[:, None], torch.tensor(fake)[:, None], labels)
-    assert found.item() == pytest.approx(expected / 4, rel=1e-6)  # 1 / (2 b_D), b_D = 2
-    expected = -sum(math.log(sigmoid(x)) for x in fake) / 2
-    assert model.generator_loss(torch.tensor(fake)[:, None], torch.tensor([1, 0])).item() == pytest.approx(expected)
-
-
-def test_supervised_losses_by_hand():
-    model = train.Config(n_classes=3, n_components=4, supervised=True, class_map="2,1,0,1", **TINY).build()
-    real, fake = [[0.4, -1.2, 0.1], [2.0, 0.3, -0.7]], [[-0.5, 1.0, 0.2], [0.9, -2.0, 0.6]]
-    classes, components, targets = [2, 0], [3, 0], [1, 2]  # f(3) = 1, f(0) = 2
+def test_losses_by_hand():
+    """Algorithm 1, lines 10-16 and 22-26. Unsupervised, one output stands for every class and Gaussian."""
 
     def one(row: list[float], wanted: int | None) -> float:
         return -sum(math.log(sigmoid(x) if m == wanted else 1 - sigmoid(x)) for m, x in enumerate(row))
 
-    expected = sum(one(row, c) for row, c in zip(real, classes, strict=True)) + sum(one(row, None) for row in fake)
-    found = model.discriminator_loss(torch.tensor(real), torch.tensor(fake), torch.tensor(classes))
-    assert found.item() == pytest.approx(expected / 4, rel=1e-6)
-    expected = sum(one(row, t) for row, t in zip(fake, targets, strict=True)) / 2
-    found = model.generator_loss(torch.tensor(fake), torch.tensor(components))
-    assert found.item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_acgan_losses_by_hand():
-    model = acgan.Config(n_classes=2, **TINY).build()
-    logits, classes = [[0.4, -1.2, 0.1], [2.0, 0.3, -0.7]], [1, 0]
-    tensor = torch.tensor(logits)
-    expected = -sum(math.log(sigmoid(row[0])) for row in logits) / 2
-    assert model.source_loss(tensor, True).item() == pytest.approx(expected, rel=1e-6)
-    expected = -sum(math.log(1 - sigmoid(row[0])) for row in logits) / 2
-    assert model.source_loss(tensor, False).item() == pytest.approx(expected, rel=1e-6)
-    pairs = zip(logits, classes, strict=True)
-    expected = -sum(row[1 + c] - math.log(math.exp(row[1]) + math.exp(row[2])) for row, c in pairs) / 2
-    assert model.class_loss(tensor, torch.tensor(classes)).item() == pytest.approx(expected, rel=1e-6)
+    unsupervised = train.Config(dataset="toy", n_components=2, **TINY).build()
+    supervised = train.Config(n_classes=3, n_components=4, supervised=True, class_map="2,1,0,1", **TINY).build()
+    logits = torch.tensor([[0.4, -1.2, 0.1], [2.0, 0.3, -0.7]]), torch.tensor([[-0.5, 1.0, 0.2], [0.9, -2.0, 0.6]])
+    for model, labels, classes, k, targets in (  # f(3) = 1, f(0) = 2
+        (unsupervised, [8, 3], [0, 0], [1, 0], [0, 0]),
+        (supervised, [2, 0], [2, 0], [3, 0], [1, 2]),
+    ):
+        real, fake = (x[:, : 3 if model is supervised else 1].tolist() for x in logits)
+        expected = sum(one(row, c) for row, c in zip(real, classes, strict=True)) + sum(one(row, None) for row in fake)
+        found = model.discriminator_loss(torch.tensor(real), torch.tensor(fake), torch.tensor(labels))
+        assert found.item() == pytest.approx(expected / 4, rel=1e-6)  # 1 / (2 b_D), b_D = 2
+        expected = sum(one(row, t) for row, t in zip(fake, targets, strict=True)) / 2
+        assert model.generator_loss(torch.tensor(fake), torch.tensor(k)).item() == pytest.approx(expected, rel=1e-6)
 
 
 def replayed(model: GMGAN, batch: train.Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,19 +176,6 @@ def test_a_step_is_algorithm_1(supervised, n_components, kind, double):
     losses = train.train_step(ours, sgd(ours), batch)
     torch.testing.assert_close((losses["d_loss"], losses["g_loss"]), replayed(theirs, batch))
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
-
-
-def test_each_player_moves_alone():
-    model = train.Config(dataset="toy", n_components=2, norm="none", mixture="dynamic", **TINY | {"width": 16}).build()
-    before = copy.deepcopy(model)
-    batch = train.Batch(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64), run.generator(0))
-    optimizers = sgd(model, 0.1) | {"discriminator": torch.optim.SGD(model.discriminator.parameters(), lr=0.0)}
-    train.train_step(model, optimizers, batch)
-    moved = {
-        name: any(not torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
-        for (name, old), new in zip(before.named_children(), model.children(), strict=True)
-    }
-    assert moved == {"mixture": True, "generator": True, "discriminator": False}
 
 
 def test_a_step_of_acgan_by_the_plain_formulas(double):
@@ -297,14 +265,11 @@ def test_shapes_of_the_image_networks(channels, side):
     assert norms == [depth for depth, _ in SIDES[side][::-1][1:]]  # none next to the image
 
 
-def test_shapes_of_the_baselines():
-    model = run.experiment_config("gmgan", "mnist-acgan").build()
-    images = model.generator(torch.randn(2, 100 + 10))  # z and the class, one-hot
-    assert images.shape == (2, 1, 28, 28)
-    assert model.discriminator(images).shape == (2, 1 + 10)  # real or not, and the class
+def test_shapes_of_the_auto_encoder():
     model = run.experiment_config("gmgan", "fashion-kmeans").build()
     widths = [m.out_features for m in model.modules() if isinstance(m, torch.nn.Linear)]
     assert widths == [500, 500, 2000, 10, 2000, 500, 500, 784]
+    images = torch.rand(2, 1, 28, 28)
     assert model.decode(model.encode(images)).shape == images.shape
 
 
@@ -317,27 +282,85 @@ def test_one_layout_from_vector_to_image_and_back():
     assert image_gradient.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_toy_networks_and_the_cost_of_mnist():
-    model = run.experiment_config("gmgan", "toy").build()
-    assert model.generator(torch.randn(3, 100)).shape == (3, 2)
-    assert model.discriminator(torch.randn(3, 2)).shape == (3, 1)
-    # One narrow run is under 1e15 operations. Multiply-adds a pass: generator 2.0 M, discriminator 1.7 M.
-    convolutions = 7 * 7 * 64 * 32 * 16 + 14 * 14 * 32 * 16
-    g, d = 100 * 3136 + convolutions, convolutions + 3136
-    config = run.experiment_config("gmgan", "mnist-narrow")
-    forward = 64 * g + 128 * d + 128 * (g + d)
-    backward = 2 * 128 * d + 128 * (2 * g + d)
-    iterations = config.epochs * (60_000 // 64)
-    assert 50_000 <= iterations < 51_000 and 2 * (forward + backward) * iterations < 1e15
+def normalised(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Batch normalisation while training, over all but the channels."""
+    x = x.movedim(1, -1)
+    over = tuple(range(x.dim() - 1))
+    x = (x - x.mean(over)) / (x.var(over, unbiased=False) + 1e-5).sqrt() * scale + shift
+    return x.movedim(-1, 1)
 
 
-def test_the_narrow_experiments_are_half_as_wide():
-    for data in ("mnist", "fashion"):
-        ordinary = run.experiment_config("gmgan", data)
-        assert ordinary.width == 64
-        assert run.experiment_config("gmgan", f"{data}-narrow") == dataclasses.replace(ordinary, width=32)
-        for pair in ("gan", "supervised", "acgan", "dynamic", "supervised-dynamic", "k20"):
-            assert run.experiment_config("gmgan", f"{data}-{pair}").width == 32
+@pytest.mark.parametrize("dense", [0, 40])
+@pytest.mark.parametrize("module", [train, acgan])
+def test_the_image_networks_by_plain_formulas_and_their_first_weights(module, dense):
+    torch.manual_seed(0)
+    model = module.Config(dataset="mnist", width=16, dense_units=dense).build()
+    for name, p in model.named_parameters():
+        mean = float(p.dim() == 1 and name.endswith("weight"))  # batch normalisation's
+        assert abs(p.mean() - mean) < 0.1 / p.numel() ** 0.5  # five standard errors
+        std = 0.02 * name.endswith("weight")
+        assert p.numel() == 1 or abs(p.std() - std) <= std * 5 / (2 * p.numel()) ** 0.5, name
+        p.data = mean + torch.randn_like(p) / (p[0].numel() if p.dim() > 1 else 16) ** 0.5  # so that all of it matters
+
+    def leaky(x):
+        return torch.where(x > 0, x, 0.2 * x)
+
+    z, left = torch.randn(5, 110 if module is acgan else 100), iter(model.generator.parameters())
+    h = F.linear(z, next(left), next(left))
+    if dense:
+        h = F.linear(normalised(h, next(left), next(left)).clamp(min=0), next(left), next(left))
+    h = normalised(h.view(5, 7, 7, 32).permute(0, 3, 1, 2), next(left), next(left)).clamp(min=0)
+    h = F.conv_transpose2d(h, next(left), next(left), stride=2, padding=1)
+    h = normalised(h, next(left), next(left)).clamp(min=0)
+    images = F.conv_transpose2d(h, next(left), next(left), stride=2, padding=1).tanh()
+    torch.testing.assert_close(model.generator(z), images, atol=1e-5, rtol=1e-4)
+    left = iter(model.discriminator.parameters())
+    h = leaky(F.conv2d(images, next(left), next(left), stride=2, padding=1))
+    h = leaky(normalised(F.conv2d(h, next(left), next(left), stride=2, padding=1), next(left), next(left)))
+    h = h.permute(0, 2, 3, 1).flatten(1)
+    if dense:
+        h = leaky(normalised(F.linear(h, next(left), next(left)), next(left), next(left)))
+    logits = F.linear(h, next(left), next(left))
+    torch.testing.assert_close(model.discriminator(images), logits, atol=1e-4, rtol=1e-4)
+    assert not [*left]
+
+
+SECTION_4 = {"latent_dim": 100, "mean_range": 0.1, "sigma": 0.15, "batch_real": 64, "batch_fake": 128}
+SECTION_4 |= {"learning_rate": 2e-4, "mixture": "static", "supervised": False}
+BASELINE = {"n_components": 1, "mean_range": 0.0, "sigma": 1.0}  # Sec. 4: N(0, I)
+OF_DATA = {  # K of Secs. 4.1, 5.2 and Table 2; the rest is ours: ledgers 4, 5, 6, 17
+    "toy": {"dataset": "toy", "n_components": 9, "width": 256, "norm": "none", "beta1": 0.9, "epochs": 200},
+    "digits": {"dataset": "digits", "width": 32, "epochs": 100},
+    "mnist": {"dataset": "mnist", "epochs": 54},
+    "fashion": {"dataset": "fashion_mnist", "epochs": 54},
+    "cifar10": {"dataset": "cifar10", "width": 128, "epochs": 128},
+    "stl10": {"dataset": "stl10", "epochs": 1282},
+    "signs": {"dataset": "signs:data/signs", "n_classes": 10, "epochs": 172},
+}
+OF_PART = {"gan": BASELINE, "supervised": {"supervised": True}, "dynamic": {"mixture": "dynamic"}, "acgan": {}}
+OF_PART |= {"k20": {"n_components": 20}, "k30": {"n_components": 30}, "d2": {"latent_dim": 2}, "narrow": {"width": 32}}
+OF_PART |= {"long": {"epochs": 216, "purity_every": 5}, "c015": {"mean_range": 0.15, "purity_every": 5}}
+OF_PART |= {"dense": {"dense_units": 1024, "purity_every": 5}}
+OF_PART |= {"all": {"n_classes": None, "n_components": None, "epochs": 40}}
+KMEANS = {"latent_dim": 10, "batch_real": 256, "learning_rate": 1e-3, "beta1": 0.9}  # ledger 18
+NARROW = {"gan", "acgan", "k20", "dynamic", "supervised"}  # of mnist and fashion: ledger 27
+
+
+def test_every_value_of_every_config_is_the_paper_s_or_the_ledger_s():
+    for experiment in run.experiments("gmgan"):
+        data, *parts = experiment.split("-")
+        ours = {"n_classes": None, "classes": None, "n_components": 10, "sigma_is": "deviation", "class_map": None}
+        ours |= {"cluster_samples": 1000 if experiment in ("digits", "digits-dynamic") else 10_000}
+        ours |= {"width": 64, "norm": "batch", "beta1": 0.5, "dense_units": 0, "purity_every": 0}
+        expected = SECTION_4 | ours | OF_DATA[data]
+        if "kmeans" in parts:
+            expected |= KMEANS | {"epochs": 200 if data == "digits" else 30}
+        else:
+            for part in parts:
+                expected |= OF_PART[part]
+            expected |= {"width": 32} if data in ("mnist", "fashion") and NARROW & {*parts} else {}
+        found = dataclasses.asdict(run.experiment_config("gmgan", experiment))
+        assert found == {key: expected[key] for key in found}, experiment
 
 
 # ----------------------------------------------------------------------------------------------------------- the toy
@@ -633,6 +656,33 @@ def test_scores_of_a_set_of_images():
     assert math.copysign(1, one["diversity"]) == 1  # not -0
 
 
+def test_what_is_scored_of_how_many_samples(monkeypatch):
+    """Ledgers 13, 15: 10,000 samples, 5,000 at each σ of Fig. 7, 50,000 for Table 2; log a is a median."""
+    assert (gmgan_eval.PAIRS, gmgan_eval.INCEPTION_SAMPLES, train.JUDGED) == (5000, 50_000, 5000)
+    data, model, seen = narrow_digits(3), coded(n_components=3, n_classes=3), []
+    torch.manual_seed(0)
+    network = classifier.Network((1, 28, 28), 3).eval()
+    monkeypatch.setattr(classifier, "trained", lambda *_: (network, 99.0))
+    monkeypatch.setattr(gmgan_eval, "clustering", lambda *_: {})
+
+    def judged(judge, images, seed):
+        seen.append(images)
+        values = dict.fromkeys(("quality", "diversity", "largest_class"), float(len(seen)))
+        return values, torch.zeros(len(images), dtype=torch.int64)
+
+    monkeypatch.setattr(gmgan_eval, "judged", judged)
+    found, _ = gmgan_eval.on_images(model, data, run.Options("digits", seed=3))
+    real, test = (classifier.features(network, x) for x in (data.train_images, data.test_images))
+    log_a = torch.cdist(test, real, compute_mode="donot_use_mm_for_euclid_dist").min(1).values.median().item()
+    assert found["log_a"] == pytest.approx(log_a, rel=1e-5) and found["classifier_accuracy"] == 99
+    assert torch.equal(seen[0], model.sample_mixture(10_000, 1.0, 3)[0])
+    assert len(seen) == 17 and found["quality"] == 1
+    for i in range(16):
+        sigma = round(0.5 + 0.1 * i, 1)
+        assert torch.equal(seen[1 + i], model.sample_mixture(5000, sigma, 3)[0])
+        assert found[f"quality_at_{sigma}"] == found[f"diversity_at_{sigma}"] == 2 + i
+
+
 def test_curves_of_figure_7_are_means_with_standard_errors():
     several = [
         {"q_at_0.5": 1.0, "q_at_1.0": 3.0, "q_at_10.0": 0.0, "other": 9.0},
@@ -738,13 +788,14 @@ def test_two_steps_of_every_kind_of_experiment_and_its_evaluation(experiment, fi
     assert picture.dtype == torch.uint8 and picture.shape[1:] == config.shape
 
 
-def test_every_experiment_builds():
-    for experiment in run.experiments("gmgan"):
-        config = run.experiment_config("gmgan", experiment)
-        model = config.build()
-        if hasattr(model, "draw"):
-            fake, _ = model.draw(2, torch.Generator())
-            assert model.discriminator(fake).shape[0] == 2 and fake.shape[1:] == config.shape
+@pytest.mark.parametrize("experiment", [e for e in run.experiments("gmgan") if "kmeans" not in e])
+def test_every_gan_builds_and_draws(experiment):
+    config = run.experiment_config("gmgan", experiment)
+    model = config.build()
+    fake, groups = model.draw(2, torch.Generator())
+    outputs = {"acgan": 11}.get(run.module_of("gmgan", experiment), 10 if "supervised" in experiment else 1)
+    outputs -= "toy-acgan" == experiment or "toy-supervised" == experiment  # nine classes
+    assert model.discriminator(fake).shape == (2, outputs) and fake.shape[1:] == config.shape and len(groups) == 2
 
 
 def test_the_inception_score_of_a_run(fixtures, tmp_path, monkeypatch):
@@ -757,6 +808,7 @@ def test_the_inception_score_of_a_run(fixtures, tmp_path, monkeypatch):
     seen = []
 
     def features(layer, images):
+        assert layer == "logits_unbiased"  # ledger 24
         seen.append(images)
         return torch.zeros(len(images), 1008)
 
@@ -773,6 +825,57 @@ def test_the_inception_score_of_a_run(fixtures, tmp_path, monkeypatch):
     assert torch.equal(seen[1], model.sample_mixture(20, 0.5)[0])
     assert len(seen[0]) == 30 and not torch.equal(seen[1], seen[2])
     assert gmgan_eval.inception_score(model, make("mnist"), options) == ({}, None)
+
+
+@pytest.mark.parametrize("experiment, size, beta1", [("toy", 900, 0.9), ("digits", 400, 0.5)])
+def test_the_loop_takes_plain_adam_s_steps_with_new_noise_and_a_new_order_each_epoch(experiment, size, beta1, tmp_path):
+    config = run.experiment_config("gmgan", experiment, {"width": 4, "epochs": 2, "batch_real": size})
+    options, plain, seen = run.Options(experiment, seed=3, runs=tmp_path, device="cpu"), [], []
+    data = train.load_data(config, options)[1]
+    pixels = data.train_images if experiment == "toy" else data.train_images / 127.5 - 1
+
+    def both(model, optimizers, batch, precision):
+        if not plain:
+            torch.manual_seed(3)
+            first = config.build().to(memory_format=torch.channels_last)
+            assert all(torch.equal(value, model.state_dict()[key]) for key, value in first.state_dict().items())
+            adam = {"lr": 2e-4, "betas": (beta1, 0.999), "foreach": False}
+            plain.extend([first, {player: torch.optim.Adam(p, **adam) for player, p in first.players().items()}])
+        index = torch.cdist(batch.real.flatten(1), pixels.flatten(1)).argmin(1)
+        torch.testing.assert_close(batch.real, pixels[index])
+        assert torch.equal(batch.labels, data.train_labels[index])
+        seen.append((index, noise := batch.noise.initial_seed()))
+        train.train_step(*plain, batch._replace(noise=torch.Generator().manual_seed(noise)))
+        losses = train.train_step(model, optimizers, batch, precision)
+        for p, q in zip(model.parameters(), plain[0].parameters(), strict=True):  # a bias before a norm only drifts
+            torch.testing.assert_close(p, q, atol=1e-6 if p.dim() > 1 else 1e-2, rtol=1e-4)
+        return losses
+
+    train.train(config, options, both)
+    steps = len(pixels) // size
+    first, second = (torch.cat([index for index, _ in seen[i : i + steps]]) for i in (0, steps))
+    assert len(seen) == 2 * steps == len({noise for _, noise in seen})
+    assert len(first.unique()) == len(second.unique()) == steps * size and not torch.equal(first, second)
+
+
+def test_the_purity_of_samples_is_noted_every_so_often_and_changes_no_weight(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    network = classifier.Network((1, 28, 28), 10).eval()
+    monkeypatch.setattr(classifier, "trained", lambda data, cache, device: (network, 0.0))
+    values = {"width": 2, "epochs": 5, "batch_real": 700, "n_components": 3}
+    config = run.experiment_config("gmgan", "digits", values | {"purity_every": 2})
+    folder = train.train(config, run.Options("digits", runs=tmp_path / "noted", device="cpu"))
+    rows = torch.load(folder / "checkpoint.pt", weights_only=True)["rows"]
+    assert [row["epoch"] for row in rows if {"component_purity", "component_nmi"} <= row.keys()] == [2, 4]
+    train.train(dataclasses.replace(config, epochs=6), run.Options("digits", runs=tmp_path / "noted", device="cpu"))
+    images, groups = gmgan.load(folder).sample_mixture(5000)
+    counts = sklearn.metrics.cluster.contingency_matrix(groups, classifier.classify(network, images))
+    found = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert found["rows"][5]["component_purity"] == pytest.approx(counts.max(1).sum() / 50)
+    config = dataclasses.replace(config, purity_every=0, epochs=6)
+    silent = train.train(config, run.Options("digits", runs=tmp_path / "silent", device="cpu"))
+    weights = torch.load(silent / "checkpoint.pt", weights_only=True)["weights"]
+    assert all(torch.equal(value, weights[key]) for key, value in found["weights"].items())
 
 
 def test_a_run_that_was_cut_in_two_ends_with_the_same_bits(tmp_path):
@@ -830,12 +933,9 @@ def test_the_command_line(tmp_path):
     assert code == 0 and "KL divergence" in out and "another config (learning_rate 0.001)" in out, err
 
 
-SUPERVISED = ["digits", "--supervised", "true"]
 MISTAKES = [
     (["digits", "--n-components", "0"], "--n-components: 0 is out of range; allowed: >= 1"),
-    ([*SUPERVISED, "--class-map", "0,1,2"], "names 3 Gaussians, expected 10"),
-    ([*SUPERVISED, "--class-map", "0,1,2,3,4,5,6,7,8,12"], "class 12 does not exist"),
-    ([*SUPERVISED, "--n-components", "4", "--class-map", "0,1,2,2,2,2,2,2,2,2"], "leaves Gaussian 3 without a class"),
+    (["digits", "--supervised", "true", "--class-map", "0,1,2"], "names 3 Gaussians, expected 10"),
     (["digits", "--class-map", "0,1"], "of no influence without --supervised true"),
     (["digits", "--classes", "0,x"], "has no class 'x'"),
     (["digits", "--n-classes", "11"], "11 asked for, but digits has 10 classes"),
@@ -848,6 +948,7 @@ MISTAKES = [
     (["digits", "--batch-real", "5000"], "is more than the 1437 training images"),
     (["digits", "--dataset", "signs"], "signs:<path>"),
     (["digits", "--beta1", "1.0"], "out of range"),
+    (["toy", "--dense-units", "8"], "the toy has no images"),
     (["digits", "--sigma", "0"], "out of range"),
     (["signs", "--dataset", "signs:/nonexistent"], "/nonexistent"),
     (["mnist-acgan", "--sigma", "1"], "unknown argument '--sigma'"),
@@ -868,13 +969,6 @@ def test_images_without_classes_are_refused(tmp_path, capsys):
     where = ["signs", "--supervised", "true", "--dataset", f"signs:{tmp_path}", "--runs", tmp_path]
     code, _, err = call(train.main, *where, capsys=capsys)
     assert code == 2 and f"{tmp_path}: expected" in err and "class" in err and err.count("\n") == 1
-
-
-def test_a_collapse_to_nan_stops_the_run(tmp_path, capsys):
-    where = ["toy", "--learning-rate", "1e30", "--epochs", "3", "--runs", tmp_path]
-    code, _, err = call(train.main, *where, capsys=capsys)
-    assert code == 1 and "not finite, first at step" in err and err.count("\n") == 1
-    assert not (tmp_path / "gmgan/toy/seed0/checkpoint.pt").exists()
 
 
 # ------------------------------------------------------------------------------------------------- published numbers
