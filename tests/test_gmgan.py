@@ -877,7 +877,7 @@ def test_the_toy_end_to_end_and_the_figures_that_compare(tmp_path, capsys, monke
 
 
 def test_the_command_line(tmp_path):
-    """The real one, once: a short run learns, is evaluated, and shows in the diff; an untrained one is nearly a point."""
+    """The real one, once: a short run learns, is evaluated, and shows in the diff. Untrained, it is nearly a point."""
     torch.manual_seed(0)
     made, _ = toy.samples(run.experiment_config("gmgan", "toy").build())
     assert toy.negative_log_likelihood(made) - toy.entropy(made) > 4
