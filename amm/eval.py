@@ -35,6 +35,9 @@ def evaluate(options: run.Options) -> dict:
     n, inferred = data.n_classes, model.infer(data.test_images)
     metrics = predictions(model, inferred, data.test_labels, n)
     metrics |= diagnosis(model, data.test_images, inferred, data.test_labels if n > 1 else None)
+    if model.averaged is not None:
+        averaged = predictions(model.averaged, model.averaged.infer(data.test_images), data.test_labels, n)
+        metrics |= {f"{name}_averaged": value for name, value in averaged.items() if "purity_of" not in name}
     if config.validation:
         s = split(config, data, seed)
         on_validation = predictions(model, model.infer(s.validation_images), s.validation_labels, n)
@@ -92,7 +95,8 @@ def predictions(model: AMM, inferred: Inferred, labels: Tensor, n_classes: int) 
 def codes_in_other_modes(model: AMM, images: Tensor, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
     """h_y (N, K) and z (N, D) of uint8 images under other readings of test time (ledger 11).
 
-    batch_statistics: batch normalisation by each batch, as large as in training.  sampled: with their noise.
+    batch_statistics: batch normalisation by each batch, as large as in training.  sampled: z with its noise, and ỹ, a
+    softmax, in the place of h_y.
     """
     encoder = copy.deepcopy(model.encoder)
     for module in encoder.modules():
@@ -103,7 +107,8 @@ def codes_in_other_modes(model: AMM, images: Tensor, seed: int) -> dict[str, tup
     for batch in images.tensor_split(max(1, len(images) // model.config.batch)):
         x = as_input(batch.to(model.device))
         parts["batch_statistics"].append([mean.cpu() for mean, _ in encoder(x)])
-        parts["sampled"].append([sampled(*gaussian).cpu() for gaussian in model.encoder(x)])
+        h, z = model.encoder(x)
+        parts["sampled"].append([model.drawn_y(*h).cpu(), sampled(*z).cpu()])
     return {mode: tuple(map(torch.cat, zip(*both, strict=True))) for mode, both in parts.items()}
 
 
