@@ -82,7 +82,7 @@ def test_ctrl_c_and_sigterm_save_and_lose_nothing(uninterrupted, tmp_path, capsy
 
 def test_killed_between_the_last_step_and_the_end(tmp_path, monkeypatch):
     """What is left is to close the epoch, without a step: that too is saved."""
-    options = run.Options("digits", runs=tmp_path, save_every=0.0, device="cpu", threads=1)
+    options = run.Options("digits", runs=tmp_path, save_every=0.0, device="cpu", threads=1, changes={"hidden_dim": 32})
     config = run.experiment_config("segma", "digits", {"epochs": 2, "hidden_dim": 8})
     real = run.Run.after_epoch
 
@@ -228,9 +228,9 @@ runpy.run_module("segma.train", run_name="__main__")
 
 def test_a_screen_without_greek_letters(tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
-    code, _, err = run_command("segma.train", "--help", env=environment)
+    code, _, err = run_command("segma.train", "--help", env=environment, encoding="latin-1")
     assert code == 0, err
-    code, _, err = run_command(*RUN, "--epochs", "1", "--runs", tmp_path / "α", env=environment)
+    code, _, err = run_command(*RUN, "--epochs", "1", "--runs", tmp_path / "α", env=environment, encoding="latin-1")
     assert code == 0, err
 
 
