@@ -28,6 +28,8 @@ from common.run import Count, RunFailed, UserError, check_value
 JOBS = {"local": ["ps", "-A", "-o", "pid=,args="], "slurm": ["squeue", "--noheader", "--array", "--format=%i %T"]}
 PROBE = '[ -e "$0" ] && ! flock --nonblock "$0" true || exit 73'  # on a node, of a file that is locked here
 
+OTHERS = ("submitit", "srun", "slurmstepd", "Traceback", " ")  # lines of a log that are not a command's
+
 
 class Seed:
     """What submitit calls for a line, and again after a preemption: its commands, one after the other."""
@@ -63,7 +65,7 @@ def table(folder: Path, kind: type) -> dict[str, list[str]]:
         job = kind(folder, path.name.removesuffix("_submitted.pkl"))
         ended = "done" if job.paths.result_pickle.exists() and not job.exception() else "failed"
         state = {"": ended, "PENDING": "queued"}.get(states.get(job.job_id, ""), "running")
-        lines = [x for x in (job.stdout() or "").splitlines() if x.strip() and not x.startswith(("submitit", "srun"))]
+        lines = [x for x in (job.stdout() or "").splitlines() if x and not x.startswith(OTHERS)]
         seed = " ".join(job.submission().args[0][0][2:6])
         rows[seed] = [state, seed, "".join(lines[-1:]), job.paths.stdout.name]
     return rows
