@@ -350,7 +350,7 @@ def set_up(options: Options) -> torch.device:
     if options.graph and device.type != "cuda":
         raise UserError(f"--graph: it replays CUDA graphs, and the device is {device.type}. Leave it out")
     if options.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise UserError("--tensorboard: the package is not installed; pip install tensorboard, or leave it out")
+        raise UserError("--tensorboard: the package is not installed; pip install -e '.[tensorboard]', or leave it out")
     if device.index:
         torch.cuda.set_device(device)  # streams and recordings are the current device's
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
