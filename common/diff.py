@@ -252,7 +252,8 @@ def claims(paper: str, reference: list[dict], mine: list[dict]) -> list[list[str
         pairs = (ours, against) if than else ([a - b for a, b in zip(ours, against, strict=True)], 0.0)
         word = "not run" if [] in pairs else verdict_on_claim(*pairs, claim["is"])
         sign = "=" if claim["is"] == "equal" else f"{claim['is']} than"
-        rows.append([claim["where"], claim["claim"], f"{name}: {metric} {sign} {than or other}", shown, text, word])
+        against_what = f"{than}: {other}" if than and other else than or other
+        rows.append([claim["where"], claim["claim"], f"{name}: {metric} {sign} {against_what}", shown, text, word])
     return rows
 
 

@@ -8,7 +8,7 @@ import argparse
 import csv
 import difflib
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -233,6 +233,7 @@ class Options:
     save_every: NonNegative = option(60.0, "seconds between checkpoints")
     deterministic: bool = option(False, "bit-identical repeats on a GPU too, slower")
     graph: bool = option(False, "on a GPU, record a training step once and replay it")
+    tensorboard: bool = option(False, "write the numbers of log.csv for TensorBoard too, into the run's tensorboard/")
     describe: bool = option(False, "print what would be trained, and stop")
     json: bool = option(False, "with --describe: for programs")
     pdf: bool = option(False, "in an evaluation: figures as vector files, too")
@@ -348,6 +349,8 @@ def set_up(options: Options) -> torch.device:
         raise UserError(f"--device: {name} asked for, but this machine has {gpus} CUDA devices. Use --device cpu")
     if options.graph and device.type != "cuda":
         raise UserError(f"--graph: it replays CUDA graphs, and the device is {device.type}. Leave it out")
+    if options.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard: the package is not installed; pip install -e '.[tensorboard]', or leave it out")
     if device.index:
         torch.cuda.set_device(device)  # streams and recordings are the current device's
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -492,6 +495,7 @@ class Run:
         for part in self.folder.rglob(".*.part"):  # of a process that was killed while it wrote
             part.unlink()
         self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.board = None  # TensorBoard's writer, where one is asked for
         shape = "{desc}|{bar:10}| {elapsed} < {remaining}"  # fits 80 columns: the error first, then as much as fits
         self.bar = tqdm(disable=None, mininterval=0.5, bar_format=shape, dynamic_ncols=True)
         return self
@@ -500,6 +504,8 @@ class Run:
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
         self.bar.close()
+        if self.board:
+            self.board.close()
         self.lock.release()
 
     def _on_signal(self, number: int, _: object) -> None:
@@ -534,6 +540,10 @@ class Run:
             print("no reference result: the checkout has changes, or git does not say (try `git status`)", flush=True)
         elif not self.identity["data_official"]:
             print("no reference result: the data are not the official ones", flush=True)
+        if self.options.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.epoch + 1)
         self.bar.reset(total=epochs * steps)
         self.bar.update(self.total_steps)
 
@@ -570,6 +580,8 @@ class Run:
         row = {**means, **more, "seconds": round(now - self.epoch_started, 3)}
         self.epoch, self.step, self.sums, self.epoch_started = self.epoch + 1, 0, None, now
         self.rows.append({"epoch": self.epoch, **row})
+        for name, value in row.items() if self.board else ():
+            self.board.add_scalar(name, value, self.epoch)
         if self.epoch == 1 or now - self.logged_at > QUIET:
             self._write_log()
         shown = "  ".join(f"{name} {value:.4g}" for name, value in {**more, **row}.items())

@@ -10,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--hidden-dim", "32", "--threads", "1"]  # digits in a fraction of a second an epoch
+TINY_FOLDER = "segma/digits/seed0-hidden-dim-32"
 
 
 @pytest.fixture(autouse=True)

@@ -19,18 +19,18 @@ from common import diff, run
 from segma import eval as segma_eval
 from segma import m1m2
 from segma import train as segma_train
-from tests.conftest import ROOT, TINY, call, command, run_command
+from tests.conftest import ROOT, TINY, TINY_FOLDER, call, command, run_command
 from tests.torture import assert_same
 
 RUN = ["segma.train", "digits", *TINY]
 
 
-def checkpoint(runs, experiment="digits", seed=0) -> dict:
-    return torch.load(runs / f"segma/{experiment}/seed{seed}/checkpoint.pt", weights_only=True)
+def checkpoint(runs) -> dict:
+    return torch.load(runs / TINY_FOLDER / "checkpoint.pt", weights_only=True)
 
 
 def log_without_clock(runs) -> list[str]:
-    lines = (runs / "segma/digits/seed0/log.csv").read_text().splitlines()
+    lines = (runs / TINY_FOLDER / "log.csv").read_text().splitlines()
     return [line.rsplit(",", 1)[0] for line in lines]
 
 
@@ -48,7 +48,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(uninterrupted, t
     arguments = [*RUN, "--epochs", "60", "--runs", tmp_path]
     for _ in range(4):
         process = command(*arguments, "--save-every", "0")
-        log = tmp_path / "segma/digits/seed0/log.csv"
+        log = tmp_path / TINY_FOLDER / "log.csv"
         while not log.exists() and process.poll() is None:  # at least one epoch, so that there is something to resume
             time.sleep(0.02)
         time.sleep(moments.uniform(0, 0.8))
@@ -82,7 +82,7 @@ def test_ctrl_c_and_sigterm_save_and_lose_nothing(uninterrupted, tmp_path, capsy
 
 def test_killed_between_the_last_step_and_the_end(tmp_path, monkeypatch):
     """What is left is to close the epoch, without a step: that too is saved."""
-    options = run.Options("digits", runs=tmp_path, save_every=0.0, device="cpu", threads=1)
+    options = run.Options("digits", runs=tmp_path, save_every=0.0, device="cpu", threads=1, changes={"hidden_dim": 32})
     config = run.experiment_config("segma", "digits", {"epochs": 2, "hidden_dim": 8})
     real = run.Run.after_epoch
 
@@ -104,7 +104,7 @@ def test_killed_between_the_last_step_and_the_end(tmp_path, monkeypatch):
 
 def test_a_full_disk_while_saving_keeps_the_last_checkpoint(uninterrupted, tmp_path, capsys):
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
-    before = (tmp_path / "segma/digits/seed0/checkpoint.pt").read_bytes()
+    before = (tmp_path / TINY_FOLDER / "checkpoint.pt").read_bytes()
 
     def no_room():  # no file may grow beyond 20 kB: the log still fits, the checkpoint does not
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -113,8 +113,8 @@ def test_a_full_disk_while_saving_keeps_the_last_checkpoint(uninterrupted, tmp_p
     code, _, err = run_command(*RUN, "--epochs", "61", "--runs", tmp_path, "--save-every", "0", preexec_fn=no_room)
     assert code == 1 and err.startswith("failed: ") and "checkpoint.pt: File too large" in err and "intact" in err
     assert err.count("\n") == 1
-    assert (tmp_path / "segma/digits/seed0/checkpoint.pt").read_bytes() == before
-    assert not list((tmp_path / "segma/digits/seed0").glob(".*part"))
+    assert (tmp_path / TINY_FOLDER / "checkpoint.pt").read_bytes() == before
+    assert not list((tmp_path / TINY_FOLDER).glob(".*part"))
     code, _, err = call(segma_train.main, *RUN[1:], "--epochs", "61", "--runs", tmp_path, capsys=capsys)
     assert code == 0, err
 
@@ -127,7 +127,7 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path, capsys):
 
 def test_two_processes_on_one_run(tmp_path, capsys):
     process = command(*RUN, "--epochs", "100000", "--runs", tmp_path)
-    log = tmp_path / "segma/digits/seed0/log.csv"
+    log = tmp_path / TINY_FOLDER / "log.csv"
     while not log.exists() and process.poll() is None:
         time.sleep(0.02)
     try:
@@ -228,9 +228,9 @@ runpy.run_module("segma.train", run_name="__main__")
 
 def test_a_screen_without_greek_letters(tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
-    code, _, err = run_command("segma.train", "--help", env=environment)
+    code, _, err = run_command("segma.train", "--help", env=environment, encoding="latin-1")
     assert code == 0, err
-    code, _, err = run_command(*RUN, "--epochs", "1", "--runs", tmp_path / "α", env=environment)
+    code, _, err = run_command(*RUN, "--epochs", "1", "--runs", tmp_path / "α", env=environment, encoding="latin-1")
     assert code == 0, err
 
 
@@ -250,7 +250,7 @@ def test_a_slice_of_mnist_from_files_to_diff(data_root, tmp_path, capsys, monkey
     how = ["--precision", "bf16", "--epochs", "2", "--unofficial-data"]
     code, out, err = call(segma_train.main, *where, *other, *how, capsys=capsys)
     assert code == 0 and "epoch 2/2" in out, err
-    code, out, err = call(segma_eval.main, *where, "--unofficial-data", capsys=capsys)
+    code, out, err = call(segma_eval.main, *where, *other, "--unofficial-data", capsys=capsys)
     assert code == 0 and "FID left out: mnist has fewer images" in out, err
     code, out, err = call(diff.main, "show", "--experiment", "mnist", "--runs", tmp_path / "runs", capsys=capsys)
     assert code == 0 and "not comparable: another config (labels stratified, hidden_dim 64, loss_over all)" in out, err
@@ -282,6 +282,6 @@ def test_make_trains_evaluates_and_prints_the_diff(tmp_path):
     done = make("-j2", "segma-digits", f"PYTHON={sys.executable}", *how)
     assert done.returncode == 0, done.stderr
     for seed in (4, 5):
-        assert (tmp_path / f"segma/digits/seed{seed}/eval.json").exists()
+        assert (tmp_path / f"segma/digits/seed{seed}-hidden-dim-32/eval.json").exists()
     table = done.stdout.rindex("verdict")
     assert "not comparable: another config (hidden_dim 32)" in done.stdout and done.stdout.rindex("numbers in") < table

@@ -257,6 +257,7 @@ def test_copies_and_folders_of_another_name_count_once(house, capsys):
     put(runs, record("digits-adgm", weights="w0"))  # another experiment
     out = tell(capsys, runs, "show", "--experiment", "digits")
     assert "10 (n=1)" in out and out.count("its folder is not named seed<k>") == 1
+    assert "another config (labels-stratified)" in out  # a run with other flags
     assert "digits seed 0, digits seed 2 " in out and "the seed or the weights of" in out
     diff.collect(runs)
     assert seeds(house) == [0] and seeds(house, "digits-adgm") == [0]

@@ -31,7 +31,7 @@ from PIL import Image
 
 from common import classifier, data, graph, inception, run
 
-SMALL, FOLDER = "segma.train digits --hidden-dim 32 --epochs", Path("segma/digits/seed0")
+SMALL, FOLDER = "segma.train digits --hidden-dim 32 --epochs", Path("segma/digits/seed0-hidden-dim-32")
 OWN = "--dataset folder:OWN"  # 60 generated images of three classes
 TRAINERS = {  # small but whole runs: several epochs of several steps
     "SeGMA": f"{SMALL} 12",
@@ -160,7 +160,7 @@ def kills(place: Path, rng: random.Random, quick: bool) -> Iterator[Kind]:
         whole, runs = place / f"whole {name}", place / f"killed {name}"
         child, begun = start(place, line, "--runs", whole).says(" epochs of "), time.monotonic()
         kind.ended(child, 0, what="the whole run")
-        lasts, folder = time.monotonic() - begun, next(whole.glob("*/*/seed0")).relative_to(whole)
+        lasts, folder = time.monotonic() - begun, next(whole.glob("*/*/seed0*")).relative_to(whole)
         rows = rows_of(whole / folder)
         signals = [signal.SIGTERM, signal.SIGINT] + [signal.SIGKILL] * (1 if quick else 20 if name == "SeGMA" else 8)
         for number in rng.sample(signals, len(signals)):
@@ -211,7 +211,7 @@ def numbers(place: Path, rng: random.Random, quick: bool) -> Iterator[Kind]:
         child = start(place, *words, first=lambda p=poisoned: setattr(graph, "replayed", p))
         kept = "nothing was saved" if every else "the last good checkpoint is kept"
         kind.ended(child, 1, says=f"not finite, first at step {at}; {kept}", what=name)
-        steps = [state_in(folder)["total_steps"] for folder in runs.glob("*/*/seed0")]
+        steps = [state_in(folder)["total_steps"] for folder in runs.glob("*/*/seed0*")]
         kind.check(steps == [0 if every else at - 1], f"{name}: {steps} steps are saved")
     yield kind
 
@@ -244,7 +244,7 @@ def files(place: Path, rng: random.Random, quick: bool) -> Iterator[Kind]:
         if found is not None:  # some bytes of a zip file say nothing
             kind.attempt("misread", lambda found=found: assert_same(found, good))
         elif i % 15 == 0:
-            for line in (f"{SMALL} 3", "segma.eval digits"):
+            for line in (f"{SMALL} 3", "segma.eval digits --hidden-dim 32"):
                 kind.ended(start(place, line, "--runs", runs), 2, says="damaged", what=line)
     yield kind
 
