@@ -399,9 +399,9 @@ def pages() -> dict[Path, str]:
             commits = ", ".join(commit[:7] for commit in made["git_commits"])
             runs.append([r["experiment"], str(r["seed"]), *facts, f"{made['training_seconds'] / 60:.1f}", commits])
         for path in sorted((folder / "figures").glob("*.png")):  # mnist-adgm-samples.png is of mnist-adgm, not of mnist
-            names = [r["experiment"] for r in records if path.name.startswith(f"{r['experiment']}-")]
+            owners = [r["experiment"] for r in records if path.name.startswith(f"{r['experiment']}-")]
             image = f"![{path.stem}](figures/{path.name})"
-            figures.setdefault(max(names, key=len, default="several runs"), []).append(image)
+            figures.setdefault(max(owners, key=len, default="several runs"), []).append(image)
         parts = [
             f"# Results: {paper}\n\nWritten by `make results`; not to be edited.",
             f"## Published numbers\n\n{as_markdown([Row._fields, *numbers])}",

@@ -134,6 +134,7 @@ def metrics_of_runs(runs: Path) -> dict[str, list[dict[str, float]]]:
         experiment: [
             json.loads(path.read_text(encoding="utf-8"))["metrics"]
             for path in sorted((runs / "gan_responsibility" / experiment).glob("seed*/eval.json"))
+            if path.parent.name[4:].isdigit()  # not of a run with other flags
         ]
         for experiment in SYSTEMS.values()
     }
