@@ -12,7 +12,19 @@ DATASET ?=
 UNOFFICIAL ?=
 ALL ?=
 COMMANDS ?=
+ENGINE ?= local
+JOBS ?= 2
+TIME ?= 240
+STATUS ?=
 FLAGS ?=
+
+# A misspelt variable would be ignored in silence, and so would SEEDS="0,1".
+KNOWN := SEEDS DATA RUNS DEVICE PRECISION THREADS EPOCHS INCEPTION DATASET UNOFFICIAL ALL COMMANDS FLAGS PYTHON ENGINE JOBS TIME STATUS
+NEAREST = python3 -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], n=1, cutoff=0.5))'
+$(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))),$(if $(filter $(v),$(KNOWN) MAKEFLAGS MAKEOVERRIDES -*-command-variables-*-),,\
+  $(error unknown variable $(v); did you mean $(or $(shell $(NEAREST) $(v) $(KNOWN)),one of $(KNOWN))?))))
+comma := ,
+$(if $(or $(findstring $(comma),$(SEEDS)),$(if $(strip $(SEEDS)),,empty)),$(error SEEDS="$(SEEDS)": expected whole numbers between spaces, as SEEDS="0 1 2"))
 
 WHERE = --data "$(DATA)" --runs "$(RUNS)" --device $(DEVICE) --threads $(THREADS) $(if $(UNOFFICIAL),--unofficial-data) $(if $(INCEPTION),--inception "$(INCEPTION)")
 HOW = --precision $(PRECISION) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DATASET),--dataset "$(DATASET)") $(FLAGS)
@@ -24,13 +36,15 @@ PAPERS := $(sort $(foreach c,$(CONFIGS),$(firstword $(subst /, ,$(c)))))
 # `make … PYTHON=…` uses an environment of your own; without it, .venv is made once, and again when pyproject.toml changes.
 ifeq ($(origin PYTHON),command line)
 READY :=
+$(if $(shell "$(PYTHON)" -c 'from importlib.util import find_spec as f; print(f("torch") and f("torchvision") and "yes")' 2>/dev/null | grep yes),,\
+  $(error PYTHON=$(PYTHON) cannot import torch and torchvision; install this repository there: $(PYTHON) -m pip install -e '.[test]'))
 else
 PYTHON := .venv/bin/python
 READY := .venv/ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test torture lint diff results pending clean bench $(TARGETS) $(SEEDED) $(PAPERS)
+.PHONY: help setup test torture lint diff results pending farm clean bench $(TARGETS) $(SEEDED) $(PAPERS)
 
 help:
 	@echo "Train, evaluate and diff (what it takes: SEEDS=\"0 1 2\" DATA=folder DEVICE=cpu|cuda EPOCHS=n PRECISION=fp32|bf16 RUNS=folder THREADS=n INCEPTION=file UNOFFICIAL=1 DATASET=folder:path FLAGS=\"--any-field value\"):"
@@ -45,6 +59,7 @@ help:
 	  diff "published vs reference vs yours (ALL=1: also the numbers without a run)" \
 	  results "collect complete runs into the results that the pages show" \
 	  pending "reference runs still missing, the most valuable first (COMMANDS=1: as commands)" \
+	  farm "the pending seeds as jobs: ENGINE=local|slurm JOBS=at-once TIME=minutes; STATUS=1: what became of them" \
 	  clean "delete .venv and caches; runs and data stay"
 
 setup: $(READY)
@@ -53,7 +68,7 @@ setup: $(READY)
 	@python=""; for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	  if command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$p; break; fi; done; \
 	if [ -z "$$python" ]; then echo "error: Python 3.11 or newer is needed; none was found on PATH. Install it, or name one: make PYTHON=…" >&2; exit 2; fi; \
-	echo "setting up .venv (about 6 GB with PyTorch's CUDA libraries, once; a CPU-only environment of your own: PYTHON=…)"; \
+	echo "setting up .venv (about 6 GB with PyTorch's CUDA libraries, once; a CPU-only environment of your own: PYTHON=…)" >&2; \
 	$$python -m venv --clear .venv
 	@.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test]' || \
 	  { echo "set-up with the versions of constraints.txt did not work (above): trying the newest that pyproject.toml allows"; .venv/bin/python -m pip install --quiet -e '.[test]'; }
@@ -70,7 +85,7 @@ MODULE = $(or $(and $(LAST),$(wildcard $(PAPER)/$(LAST).py),$(LAST)),train)
 
 $(SEEDED): $(READY)
 	@"$(PYTHON)" -m $(PAPER).$(MODULE) $(EXPERIMENT) --seed $(THIS_SEED) $(WHERE) $(HOW)
-	@"$(PYTHON)" -m $(PAPER).eval $(EXPERIMENT) --seed $(THIS_SEED) $(WHERE)
+	@"$(PYTHON)" -m $(PAPER).eval $(EXPERIMENT) --seed $(THIS_SEED) $(WHERE) $(HOW)
 
 $(TARGETS):
 	@"$(PYTHON)" -m common.diff show $(PAPER) --experiment $(EXPERIMENT) --runs "$(RUNS)"
@@ -101,8 +116,18 @@ diff: $(READY)
 results: $(READY)
 	@"$(PYTHON)" -m common.diff collect --runs "$(RUNS)"
 
+AS_COMMANDS = commands --data "$(DATA)" --threads $(THREADS) --precision $(PRECISION) --device $(DEVICE) $(if $(INCEPTION),--inception "$(INCEPTION)")
+
 pending: $(READY)
-	@"$(PYTHON)" -m common.diff $(if $(COMMANDS),commands --data "$(DATA)" --threads $(THREADS) --precision $(PRECISION) --device $(DEVICE),pending) --runs "$(RUNS)"
+	@"$(PYTHON)" -m common.diff $(if $(COMMANDS),$(AS_COMMANDS),pending) --runs "$(RUNS)"
+
+farm: $(READY)
+	@$(if $(STATUS),,"$(PYTHON)" -m common.diff $(AS_COMMANDS) --runs "$(RUNS)" |) \
+	  "$(PYTHON)" -m common.farm --engine $(ENGINE) --jobs $(JOBS) --time $(TIME) --runs "$(RUNS)" $(if $(STATUS),--status)
+
+.DEFAULT:
+	@near="$$($(NEAREST) '$@' help setup test torture bench lint diff results pending farm clean $(TARGETS) $(PAPERS) $(BENCHES))"; \
+	echo "error: there is no target $@$${near:+; did you mean $$near?} (make alone lists all)" >&2; exit 2
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache *.egg-info

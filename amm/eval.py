@@ -26,7 +26,7 @@ NOISE = 0.5  # a cluster whose largest class has a smaller share than this is ca
 def evaluate(options: run.Options) -> dict:
     """Evaluate one run: its metrics, written to eval.json, and its figures."""
     device, folder = run.set_up(options), options.folder("amm")
-    model, state = run.load_run("amm", folder, device)
+    model, state = run.load_run("amm", folder, device, options.moved)
     config, seed = model.config, state["identity"]["seed"]
     data = load(config.dataset, options.data, options.unofficial_data)
     run.check_data(folder, state, data)
@@ -35,6 +35,9 @@ def evaluate(options: run.Options) -> dict:
     n, inferred = data.n_classes, model.infer(data.test_images)
     metrics = predictions(model, inferred, data.test_labels, n)
     metrics |= diagnosis(model, data.test_images, inferred, data.test_labels if n > 1 else None)
+    if model.averaged is not None:
+        averaged = predictions(model.averaged, model.averaged.infer(data.test_images), data.test_labels, n)
+        metrics |= {f"{name}_averaged": value for name, value in averaged.items() if "purity_of" not in name}
     if config.validation:
         s = split(config, data, seed)
         on_validation = predictions(model, model.infer(s.validation_images), s.validation_labels, n)
@@ -92,7 +95,8 @@ def predictions(model: AMM, inferred: Inferred, labels: Tensor, n_classes: int) 
 def codes_in_other_modes(model: AMM, images: Tensor, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
     """h_y (N, K) and z (N, D) of uint8 images under other readings of test time (ledger 11).
 
-    batch_statistics: batch normalisation by each batch, as large as in training.  sampled: with their noise.
+    batch_statistics: batch normalisation by each batch, as large as in training.  sampled: z with its noise, and ỹ, a
+    softmax, in the place of h_y.
     """
     encoder = copy.deepcopy(model.encoder)
     for module in encoder.modules():
@@ -103,7 +107,8 @@ def codes_in_other_modes(model: AMM, images: Tensor, seed: int) -> dict[str, tup
     for batch in images.tensor_split(max(1, len(images) // model.config.batch)):
         x = as_input(batch.to(model.device))
         parts["batch_statistics"].append([mean.cpu() for mean, _ in encoder(x)])
-        parts["sampled"].append([sampled(*gaussian).cpu() for gaussian in model.encoder(x)])
+        h, z = model.encoder(x)
+        parts["sampled"].append([model.drawn_y(*h).cpu(), sampled(*z).cpu()])
     return {mode: tuple(map(torch.cat, zip(*both, strict=True))) for mode, both in parts.items()}
 
 
@@ -126,9 +131,9 @@ def figures(model: AMM, data: Dataset, folder: Path, seed: int) -> None:
     inferred = model.infer(images)
     y, z = inferred.h.softmax(1), inferred.z
     by_g_y, by_bayes = inferred.h.argmax(1), model.by_bayes(z)
-    names = [f"{i}" for i in range(k)]
 
     samples = model.sample(torch.arange(k).repeat_interleave(10), seed)
+    names = [f"component {i}" for i in range(k)]
     plots.save_labelled_grid(samples, folder / "samples.png", 10, "Samples of each component", names)
     members = torch.zeros(k, 10, *images.shape[1:])
     for i in range(k):
@@ -149,8 +154,9 @@ def figures(model: AMM, data: Dataset, folder: Path, seed: int) -> None:
     chosen = torch.randperm(len(images), generator=generator)[: columns * lines]
     shown = as_input(images[chosen]), model.decode(y[chosen], z[chosen])
     pairs = torch.stack([part.view(lines, columns, *images.shape[1:]) for part in shown], 1)
-    title = "Test images and, below each row, their reconstructions"
-    plots.save_labelled_grid(pairs.flatten(0, 2), folder / "reconstructions.png", columns, title)
+    title = "Test images and their reconstructions"
+    which = ["image", "reconstruction"] * lines
+    plots.save_labelled_grid(pairs.flatten(0, 2), folder / "reconstructions.png", columns, title, which)
 
     n = min(10, len(images) // 2)
     ends = torch.randperm(len(images), generator=generator)[: 2 * n].view(n, 2)
@@ -160,17 +166,21 @@ def figures(model: AMM, data: Dataset, folder: Path, seed: int) -> None:
     first, last = (as_input(images[ends[:, i]])[:, None] for i in (0, 1))
     rows = torch.cat([first, between, last], 1).flatten(0, 1)
     title = "Between test images: first and last are real"
-    plots.save_labelled_grid(rows, folder / "interpolations.png", STEPS + 2, title)
+    classes = [" to ".join(data.class_names[i] for i in pair) for pair in labels[ends].tolist()]
+    plots.save_labelled_grid(rows, folder / "interpolations.png", STEPS + 2, title, classes)
 
     chosen = torch.randperm(len(z), generator=generator)[:EMBEDDED]
     save_points(embedded(z[chosen]), labels[chosen], folder / "tsne.png", "t-SNE of z, test images by class")
 
 
 def embedded(z: Tensor) -> Tensor:
-    """t-SNE (n, 2) of codes (n, D), its settings pinned."""
+    """t-SNE (n, 2) of codes (n, D), its settings pinned. Of codes that are all the same, (0, 0) each."""
     from sklearn.manifold import TSNE
 
-    settings = {"init": "pca", "learning_rate": "auto", "max_iter": 1000, "random_state": 0}
+    if (z == z[0]).all():
+        return torch.zeros(len(z), 2)  # the initial map, divided by its deviation, would not be finite
+    settings = {"learning_rate": "auto", "max_iter": 1000, "random_state": 0}
+    settings["init"] = "pca" if z.shape[1] > 1 else "random"
     tsne = TSNE(2, perplexity=min(30.0, (len(z) - 1) / 3), **settings)
     return torch.from_numpy(tsne.fit_transform(z.numpy()))
 
@@ -194,7 +204,7 @@ def save_points(points: Tensor, groups: Tensor, path: Path, title: str) -> None:
     figure, axes = plots.subplots(figsize=(5, 4.4))
     drawn = axes.scatter(*points.T.numpy(), s=4, c=groups.numpy(), cmap="tab10", linewidths=0)
     axes.legend(*drawn.legend_elements(num=None), loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set_title(title)
+    axes.set(title=title, xlabel="first coordinate (t-SNE has no units)", ylabel="second coordinate")
     plots.save_figure(figure, path)
 
 

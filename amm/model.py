@@ -4,6 +4,7 @@ Categories y are (B, K), codes z are (B, D); the 1×1 layers see them as maps of
 Dropout acts on a layer's input.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -235,9 +236,12 @@ class Decoder(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D(x, y, z): Table 6 (28×28) or Table 10 (32×32, where p_0 must take x_9 for x_5 and the last row is missing)."""
+    """D(x, y, z): Table 6 (28×28) or Table 10 (32×32, where p_0 must take x_9 for x_5 and the last row is missing).
 
-    def __init__(self, shape: tuple[int, int, int], n_components: int, latent_dim: int):
+    dropout: as the tables print it, or none.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], n_components: int, latent_dim: int, dropout: bool = True):
         super().__init__()
         if shape[1] == 28:
             layers, channels = [], shape[0]
@@ -254,6 +258,9 @@ class Discriminator(nn.Module):
         self.y, self.z = (self._dense([inputs, code, code], [0.0, p]) for inputs in (n_components, latent_dim))
         joint = channels + 2 * code
         self.p = nn.Sequential(*self._dense([joint, joint, joint], [p, p]), InputDropout(p), nn.Linear(joint, 1))
+        for module in self.modules():
+            if isinstance(module, InputDropout) and not dropout:
+                module.p = 0.0
 
     @staticmethod
     def _dense(sizes: list[int], dropouts: list[float]) -> nn.Sequential:
@@ -353,11 +360,14 @@ class AMM(nn.Module):
         self.encoder = Encoder(shape, k, d, receiver, config.semi_supervised, noise)
         self.components = Components(shape, k, d, config.variance)
         self.decoder = Decoder(shape, k, d)
-        self.discriminator = Discriminator(shape, k, d)
+        self.discriminator = Discriminator(shape, k, d, config.discriminator_dropout == "printed")
         for network in self.children():
             initialise(network)
         # p(y), (K,): uniform; SAMM's comes from the labels, so it is saved with the weights.
         self.register_buffer("priors", torch.full((k,), 1 / k), persistent=config.semi_supervised)
+        self.averaged: AMM | None = None  # the same system with averaged weights, see `average`; saved with the weights
+        if config.averaged_weights:
+            self.averaged = copy.deepcopy(self).requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
@@ -387,8 +397,13 @@ class AMM(nn.Module):
         generated = self.decoder(y, z)  # x̃ ~ p(x|y, z)
         known = None if labels is None else F.one_hot(labels, k).to(x.dtype)
         h, code = self.encoder(x, known)
-        inferred_y = sampled(*h).softmax(-1) if known is None else known  # ỹ, eqs. (8) and (9); or the known y
+        inferred_y = self.drawn_y(*h) if known is None else known  # ỹ, eqs. (8) and (9); or the known y
         return Game((x, inferred_y, sampled(*code)), (generated, y, z))  # z̃, eq. (10)
+
+    def drawn_y(self, mean: Tensor, log_variance: Tensor) -> Tensor:
+        """ỹ, (M, K), eqs. (8) and (9): the softmax of one draw of h_y, or the mean of T = config.y_samples of them."""
+        t = self.config.y_samples
+        return sampled(*(part.expand(t, *part.shape) for part in (mean, log_variance))).softmax(-1).mean(0)
 
     def predictions(self, games: list[Game]) -> list[tuple[Tensor, Tensor]]:
         """ρ_q and ρ_p of each game, as logits (M,): D of the inferred and of the generated joint.
@@ -424,6 +439,17 @@ class AMM(nn.Module):
     def encoder_loss(rho: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Loss of G_y and G_z(x): -mean log(1 - ρ_q), a scalar, nats."""
         return sum(F.softplus(q).mean() for q, _ in rho) / len(rho)
+
+    @torch.no_grad()
+    def average(self, step: int) -> None:
+        """Take the weights after training step `step` (1, 2, …) into `averaged`, and the running statistics as well.
+
+        The mean over the first config.averaged_weights steps; from there on an exponential moving average.
+        """
+        mine, theirs = self.state_dict(), self.averaged.state_dict()
+        names = [name for name, value in theirs.items() if value.is_floating_point()]
+        weight = 1 / min(step, self.config.averaged_weights)
+        torch._foreach_lerp_([theirs[name] for name in names], [mine[name] for name in names], weight)
 
     # --------------------------------------------------------------------------------------------------- inference
 

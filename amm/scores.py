@@ -47,6 +47,7 @@ def epoch_row(model: AMM, s: "Split", data: Dataset) -> dict[str, float]:
     frequencies, as a share of log K.  agreement: of eq. (19) with argmax G_y, in percent.  Then the diagnosis.
     With validation images also errors in percent: validation_error by eq. (19), validation_error_g_y by argmax G_y, and
     test_error by eq. (19), from which eval.py takes the one at the epoch of the least validation error.
+    Where weights are averaged, validation_error_averaged and test_error_averaged are eq. (19)'s with the averaged ones.
     """
     k, n = model.config.n_components, data.n_classes
     images = s.validation_images if model.config.validation else s.images[:CHECKED]
@@ -63,6 +64,9 @@ def epoch_row(model: AMM, s: "Split", data: Dataset) -> dict[str, float]:
         row["validation_error"] = error(model, by_bayes, labels, n)
         row["validation_error_g_y"] = error(model, by_g_y, labels, n)
         row["test_error"] = error(model, model.classify(data.test_images), data.test_labels, n)
+        if model.averaged is not None:
+            for part, given, classes in (("validation", images, labels), ("test", data.test_images, data.test_labels)):
+                row[f"{part}_error_averaged"] = error(model, model.averaged.classify(given), classes, n)
     return row
 
 

@@ -40,21 +40,28 @@ class Config:
     factorisation: Literal["eq7", "eq6"] = "eq7"  # q(z|x) q(y|x, z), the tables'; or q(y|x) q(z|x, y), Algorithm 1's
     variance: Literal["unit", "learned"] = "unit"  # of the components: Tables 4 and 8
     y_noise: Literal["learned", "none"] = "learned"  # of h_y: eq. (8)'s σ_y; or none, ỹ = softmax(μ_y)
+    y_samples: Count = 1  # T, draws of h_y: ỹ is the mean of their softmaxes; eq. (9) has one
     semi_supervised: bool = False  # SAMM, Algorithm 2
     n_labels: Count = 1000  # SAMM: training images whose class is known
     labels: Literal["random", "stratified", "first"] = "random"  # which ones
     penalty: NonNegative = 10.0  # λ of eq. (18)
     penalty_norm: Literal["joint", "each", "probability"] = "joint"  # in x, y, z together; one each; of σ(D)
     penalty_ends: Literal["joints", "sources"] = "joints"  # (x, ỹ, z̃) to (x̃, y, z); or (x, y, z) to (x̃, ỹ, z̃)
+    discriminator_dropout: Literal["printed", "none"] = "printed"  # in D: Table 6's 0.2, Table 10's 0.1; or none
     batch: Annotated[int, Range(2)] = 100  # M, images a step of each kind
-    learning_rate: Positive = 2.0e-4  # α, Adam's, constant
+    learning_rate: Positive = 2.0e-4  # α, Adam's
+    discriminator_learning_rate: Positive | None = None  # D's; None: as the others
+    decay_from: Count | None = None  # epoch from which the rates fall, linearly, to 0 at the end; None: constant
     beta1: Decay = 0.5  # Adam's; the second one is 0.999
     validation: Annotated[int, Range(0)] = 5000  # training images held out
     held_out: Literal["random", "last"] = "random"  # which ones
+    averaged_weights: Annotated[int, Range(0)] = 0  # steps that a moving average of the weights reaches back; 0: none
     epochs: Count = 200  # passes over the training images
 
     def __post_init__(self):
         described(self.dataset, SETS)
+        if self.y_noise == "none" and self.y_samples != Config.y_samples:
+            raise ValueError("y_samples: of no influence without noise; leave it at 1, or take --y-noise learned")
         if not self.semi_supervised and (self.n_labels, self.labels) != (Config.n_labels, Config.labels):
             only = f"leave them at {Config.n_labels} and {Config.labels}"
             raise ValueError(f"n_labels, labels: of no influence without --semi-supervised true; {only}")
@@ -168,8 +175,22 @@ def labelled_order(n: int, draws: int, noise: torch.Generator) -> Tensor:
     return torch.cat([torch.randperm(n, generator=noise) for _ in range(passes)])
 
 
+def rate(config: Config, player: str, step: int, steps: int) -> float:
+    """The learning rate of a player in training step `step` (0, 1, …) of a run with `steps` an epoch.
+
+    Constant; or from epoch decay_from on on a line that reaches 0 after the last step.
+    """
+    alpha = config.discriminator_learning_rate if player == "discriminator" else None
+    alpha = config.learning_rate if alpha is None else alpha
+    if config.decay_from is None or step < (first := (config.decay_from - 1) * steps):
+        return alpha
+    return alpha * (config.epochs * steps - step) / (config.epochs * steps - first)
+
+
 def train(config: Config, options: run.Options) -> Path:
     """Train, or resume, one run; returns its folder."""
+    if options.graph and config.decay_from:
+        raise run.UserError("--graph: a recording keeps its learning rates, and decay_from changes them. Leave it out")
     device, seed = run.set_up(options), options.seed
     if n_classes := described(config.dataset, SETS)[1]:
         check_classes(config, n_classes)  # before anything is downloaded
@@ -181,7 +202,7 @@ def train(config: Config, options: run.Options) -> Path:
     torch.manual_seed(seed)
     model = config.build().to(device, memory_format=torch.channels_last)
     model.priors.copy_(s.priors)
-    adam = {"lr": config.learning_rate, "betas": (config.beta1, 0.999), "fused": True}
+    adam = {"lr": config.learning_rate, "betas": (config.beta1, 0.999), "fused": True}  # the loop sets the rates
     optimizers = {player: torch.optim.Adam(parameters, **adam) for player, parameters in model.players().items()}
     step = graph.replayed(
         lambda batch: train_step(model, optimizers, batch, options.precision), optimizers.values(), options.graph
@@ -189,15 +210,23 @@ def train(config: Config, options: run.Options) -> Path:
     steps, m = len(images) // config.batch, config.batch
     with run.Run("amm", config, options, data.provenance(), device) as r:
         r.resume(model, optimizers, steps)
+        rates = {player: optimizer.param_groups[0]["lr"] for player, optimizer in optimizers.items()}
+        if r.total_steps and any(rates[player] != rate(config, player, r.total_steps - 1, steps) for player in rates):
+            raise run.UserError(f"{r.folder}: epochs cannot grow once the rates fall (decay_from). Use another --runs")
         while r.epoch < config.epochs:
             order = torch.randperm(len(images), generator=run.generator(seed, "order", r.epoch)).to(device)
             shuffles = run.generator(seed, "labelled", r.epoch)
             order_known = labelled_order(len(known), steps * m, shuffles).to(device)
             while r.step < steps:
+                for player, optimizer in optimizers.items():
+                    optimizer.param_groups[0]["lr"] = rate(config, player, r.total_steps, steps)
                 drawn, drawn_known = (o[r.step * m :][:m] for o in (order, order_known))
                 # Everything is drawn from the global generators: a seed for each step, so that nothing has to be saved.
                 torch.manual_seed(run.generator(seed, "step", r.epoch, r.step).initial_seed())
-                r.after_step(step(Batch(as_input(images[drawn]), known_images[drawn_known], known_labels[drawn_known])))
+                shown = step(Batch(as_input(images[drawn]), known_images[drawn_known], known_labels[drawn_known]))
+                if model.averaged is not None:
+                    model.average(r.total_steps + 1)
+                r.after_step(shown)
             r.after_epoch(**epoch_row(model, s, data))
             if path := r.sample_path():
                 rows = torch.arange(config.n_components).repeat_interleave(10)

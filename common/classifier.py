@@ -4,6 +4,7 @@ GM-GAN's definitions need one (Secs. 3 and 5). Scores by one network compare wit
 """
 
 import hashlib
+import time
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ RECIPE = "3"  # names the cached files: raise it when the network or its trainin
 FEATURES = 128
 BATCH = 128
 EPOCHS = 10
+SILENT = 20.0  # seconds without a sign of life, at most
 LEAST_STEPS, MOST_STEPS = 1000, 5000  # 10 epochs of the digits are 110 steps, too few; of CelebA 14,000, too many
 
 
@@ -65,7 +67,11 @@ def train(images: Tensor, labels: Tensor, n_classes: int, seed: int, device: tor
         optimizer = torch.optim.Adam(network.parameters(), lr=2e-3, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         images, labels = images.to(device), labels.to(device)
-        for step in tqdm(range(steps), disable=None, leave=False, unit="step"):
+        bar, said = tqdm(range(steps), disable=None, leave=False, unit="step"), time.monotonic()
+        for step in bar:
+            if bar.disable and time.monotonic() - said > SILENT:  # elsewhere than on a terminal
+                print(f"training a classifier: step {step:,} of {steps:,}", flush=True)
+                said = time.monotonic()
             epoch, position = divmod(step, per_epoch)
             if position == 0:
                 order = torch.randperm(len(images), generator=generator(seed, "classifier order", epoch)).to(device)

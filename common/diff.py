@@ -108,6 +108,7 @@ def read(paper: str, runs: Path | None = None) -> list[dict]:
     for path in sorted((runs / paper).glob("*/*/eval.json") if runs else (ROOT / paper / "results").glob("*.json")):
         for r in read_records(path):
             name, folder, seed = r["experiment"], path.parent, r["seed"]
+            form = re.fullmatch(r"seed\d+(?:-(.+))?", folder.name)
             begun = sorted((k for k in known if f"{name}-".startswith(f"{k}-")), key=len, reverse=True)
             alike = (k for k in known if getattr(config_of(paper, k), "dataset", None) == r["config"]["dataset"])
             try:
@@ -116,14 +117,17 @@ def read(paper: str, runs: Path | None = None) -> list[dict]:
                 keys = (name, seed), (name, r["provenance"].get("weights", (folder, seed)))
             except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{path}: a record of another form ({error!r}); evaluate the run again") from None
-            if runs and not re.fullmatch(r"seed\d+", folder.name):
+            if runs and not form:
                 reason = "its folder is not named seed<k>"
+            elif runs and form[1]:  # made with other flags: a variant, whose seeds stand together
+                name, reason = f"{name}, {form[1]}", reason or f"another config ({form[1]})"
             elif twin := next((seen[key] for key in keys if key in seen), None):
                 reason = f"the seed or the weights of {twin}"
             elif not reason:
                 seen.update(dict.fromkeys(keys, folder))
-            label = f"{name} seed {seed}" + ("" if beside == name else f" (beside {beside})")
-            found.append(r | {"reason": reason, "folder": folder, "beside": beside, "label": label})
+            label = f"{name} seed {seed}" + ("" if beside == r["experiment"] else f" (beside {beside})")
+            more = {"reason": reason, "folder": folder, "beside": beside, "label": label, "base": r["experiment"]}
+            found.append(r | more | {"experiment": name})
     return found
 
 
@@ -248,7 +252,8 @@ def claims(paper: str, reference: list[dict], mine: list[dict]) -> list[list[str
         pairs = (ours, against) if than else ([a - b for a, b in zip(ours, against, strict=True)], 0.0)
         word = "not run" if [] in pairs else verdict_on_claim(*pairs, claim["is"])
         sign = "=" if claim["is"] == "equal" else f"{claim['is']} than"
-        rows.append([claim["where"], claim["claim"], f"{name}: {metric} {sign} {than or other}", shown, text, word])
+        against_what = f"{than}: {other}" if than and other else than or other
+        rows.append([claim["where"], claim["claim"], f"{name}: {metric} {sign} {against_what}", shown, text, word])
     return rows
 
 
@@ -270,16 +275,56 @@ def as_markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
+def course(paper: str, path: Path) -> tuple[str, dict[int, float]]:
+    """The metric of a log.csv that stands first in published.csv, and its value by epoch; '' where it has none."""
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    metrics = (number["metric"] for number in read_csv(paper, "published"))
+    metric = next((m for m in metrics if rows and m in rows[0]), "")
+    return metric, {int(row["epoch"]): float(row[metric]) for row in rows if metric and row[metric]}
+
+
+def midway(paper: str, runs: Path, only: str | None) -> list[str]:
+    """How far runs that are not evaluated yet are from the reference's learning curves, results/<experiment>.csv."""
+    lines = []
+    for log in sorted((runs / paper).glob("*/seed*/log.csv")):
+        curves, name = ROOT / paper / "results" / f"{log.parent.parent.name}.csv", log.parent.parent.name
+        metric, mine = course(paper, log)
+        if mine and only in (None, name) and curves.exists() and not log.with_name("eval.json").exists():
+            rows = csv.DictReader(curves.read_text(encoding="utf-8").splitlines())
+            theirs = {int(row.pop("epoch")): [float(value) for value in row.values() if value] for row in rows}
+            if epoch := max(mine.keys() & theirs.keys(), default=0):
+                ours = ", ".join(f"{value:.4g}" for value in theirs[epoch])
+                lines.append(f"{name} {log.parent.name}, epoch {epoch}: {metric} {mine[epoch]:.4g}; reference: {ours}")
+    return lines
+
+
+def write_curves(paper: str, experiment: str, records: list[dict]) -> None:
+    """results/<experiment>.csv: the main metric of the log by epoch, a column for each seed whose log is at hand."""
+    path = ROOT / paper / "results" / f"{experiment}.csv"
+    old = csv.DictReader(path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
+    table = {int(row.pop("epoch")): row for row in old}
+    for r in records:
+        if (log := r["folder"] / "log.csv").exists():
+            for epoch, value in course(paper, log)[1].items():
+                table.setdefault(epoch, {})[f"seed{r['seed']}"] = f"{value:.5g}"
+    if table:
+        seeds = sorted({seed for row in table.values() for seed in row}, key=lambda seed: int(seed[4:]))
+        with run.atomic(path) as file:
+            lines = ([epoch, *(table[epoch].get(seed, "") for seed in seeds)] for epoch in sorted(table))
+            csv.writer(file, lineterminator="\n").writerows([["epoch", *seeds], *lines])
+
+
 def show(paper: str, runs: Path, only: str | None, everything: bool) -> None:
     """Print the rows that have a result, or all, or one experiment's; why runs do not count; how many numbers match."""
     if only:
         run.check_experiment(paper, only)
-    mine, reference, reasons = [r for r in read(paper, runs) if only in (None, r["experiment"])], read(paper), {}
+    mine, reference, reasons = [r for r in read(paper, runs) if only in (None, r["base"])], read(paper), {}
     for r in mine:
         reasons.setdefault(r["reason"], []).append(r["label"])
     reasons.pop(None, None)
     notes = [["yours", "why"], *([", ".join(names), f"not comparable: {why}"] for why, names in reasons.items())]
-    rows = [row for row in table(paper, reference, mine) if only in (None, row.experiment)]
+    wanted = {only, *(r["experiment"] for r in mine)}
+    rows = [row for row in table(paper, reference, mine) if only is None or row.experiment in wanted]
     said = [] if only else claims(paper, reference, mine)
     shown = [row for row in rows if everything or row.reference or row.yours]
     held = [cells for cells in said if everything or cells[-1] != "not run"]
@@ -287,6 +332,8 @@ def show(paper: str, runs: Path, only: str | None, everything: bool) -> None:
     table_rows = [[f"{r.where}: {r.system}" if r.system else r.where, *r[2:]] for r in shown]
     for lines in (notes, [("number", *Row._fields[2:]), *table_rows], [CLAIM, *held]):
         print(as_text(lines) + "\n" if len(lines) > 1 else "")
+    for line in midway(paper, runs, only):
+        print(line)
     if only and not shown:
         print(f"no result of {only} stands in the table; an evaluated run has its own in its eval.json")
     words = Counter(re.match("[a-z ]*", row.verdict)[0].strip() for row in rows if row.published)
@@ -316,6 +363,7 @@ def collect(runs: Path) -> None:
             for name in sorted({r["experiment"] for r in mine if not r["reason"]}):
                 records = [kept[key] for key in sorted(kept) if key[0] == name]
                 run.write_json(ROOT / paper / "results" / f"{name}.json", [{k: r[k] for k in RECORD} for r in records])
+                write_curves(paper, name, records)
                 print(f"{paper}/results/{name}.json: seeds {', '.join(str(r['seed']) for r in records)}")
                 figures.append((records[0]["folder"] / "figures", f"{name}-"))  # the lowest seed's, not the prettiest
             for path, prefix in [(path, prefix) for folder, prefix in figures for path in folder.glob("*.png")]:
@@ -343,21 +391,24 @@ def pages() -> dict[Path, str]:
             "[RESULTS.md](RESULTS.md) has every number, claim, reference run and figure."
         )
         glance += [[f"[{paper}]({paper}/README.md)", *cells] for cells in short]
+        known = {n["metric"]: [n["what"], n["unit"] or "", n["better"] or ""] for n in read_csv(paper, "published")}
+        names = [["name", "what", "unit", "better"], *([f"`{name}`", *known[name]] for name in sorted(known))]
         runs = [["experiment", "seed", *FACTS, "minutes", "commits"]]
         for r, made in ((r, r["provenance"]) for r in records):
             facts = [", ".join(map(str, made[key])) if isinstance(made[key], list) else str(made[key]) for key in FACTS]
             commits = ", ".join(commit[:7] for commit in made["git_commits"])
             runs.append([r["experiment"], str(r["seed"]), *facts, f"{made['training_seconds'] / 60:.1f}", commits])
         for path in sorted((folder / "figures").glob("*.png")):  # mnist-adgm-samples.png is of mnist-adgm, not of mnist
-            names = [r["experiment"] for r in records if path.name.startswith(f"{r['experiment']}-")]
+            owners = [r["experiment"] for r in records if path.name.startswith(f"{r['experiment']}-")]
             image = f"![{path.stem}](figures/{path.name})"
-            figures.setdefault(max(names, key=len, default="several runs"), []).append(image)
+            figures.setdefault(max(owners, key=len, default="several runs"), []).append(image)
         parts = [
             f"# Results: {paper}\n\nWritten by `make results`; not to be edited.",
             f"## Published numbers\n\n{as_markdown([Row._fields, *numbers])}",
             f"## What we measure beside them\n\n{as_markdown([Row._fields, *beside])}",
             f"## What the paper says\n\n{as_markdown([CLAIM, *said])}" if said else "",
-            f"## Reference runs\n\n{as_markdown(runs)}\n\n## Figures",
+            f"## Reference runs\n\n{as_markdown(runs)}",
+            f"## Names in eval.json and log.csv\n\n{as_markdown(names)}\n\n## Figures",
         ]
         for name, images in figures.items():
             parts.append("\n".join([f"<details><summary>{name}</summary>\n", *images, "\n</details>"]))

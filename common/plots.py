@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.run import atomic
 
+FORMATS = ("png",)  # of figures
 
 def subplots(*arguments, **settings):
     """matplotlib's, drawn to files alone; the small type of these pages."""
@@ -26,12 +27,14 @@ def subplots(*arguments, **settings):
 
 
 def save_figure(figure, path: Path) -> None:
-    """Write a figure as a PNG, and close it."""
+    """Write a figure as a PNG, with --pdf also as a vector file, and close it."""
     import matplotlib.pyplot as pyplot
 
     figure.tight_layout()
-    with atomic(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    for kind in FORMATS:
+        with atomic(path.with_suffix(f".{kind}"), "wb") as file:
+            about = {"Software": None} if kind == "png" else {"CreationDate": None}
+            figure.savefig(file, format=kind, dpi=110, bbox_inches="tight", metadata=about)
     pyplot.close(figure)
 
 

@@ -8,20 +8,23 @@ import argparse
 import csv
 import difflib
 import hashlib
-import importlib
+import importlib.util
+import inspect
 import io
 import json
 import os
 import platform
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NoReturn, get_args, get_origin
@@ -230,13 +233,23 @@ class Options:
     save_every: NonNegative = option(60.0, "seconds between checkpoints")
     deterministic: bool = option(False, "bit-identical repeats on a GPU too, slower")
     graph: bool = option(False, "on a GPU, record a training step once and replay it")
+    tensorboard: bool = option(False, "write the numbers of log.csv for TensorBoard too, into the run's tensorboard/")
     describe: bool = option(False, "print what would be trained, and stop")
     json: bool = option(False, "with --describe: for programs")
-
-    TRAINING = ("precision", "save_every", "deterministic", "graph", "describe", "json")  # not of an evaluation
+    pdf: bool = option(False, "in an evaluation: figures as vector files, too")
+    changes: dict = field(default_factory=dict)  # the fields, but epochs, in which a run departs from its experiment
+    moved: dict = field(default_factory=dict)  # "dataset": where the folder of images stands now
 
     def folder(self, paper: str) -> Path:
-        return self.runs / paper / self.experiment / f"seed{self.seed}"
+        """runs/<paper>/<experiment>/seed<k>; where fields were changed a folder of its own: seed0-labels-stratified."""
+        own = {name: str(value).split("/")[-1] for name, value in self.changes.items()}  # of a path its last part
+        words = [re.sub(r"[^\w.]+|_", "-", word).strip("-") for pair in own.items() for word in pair]
+        return self.runs / paper / self.experiment / "-".join([f"seed{self.seed}", *words])[:200]
+
+    def flags(self) -> list[str]:
+        """What a command needs to find the run again."""
+        given = {"seed": self.seed, "data": self.data, "runs": self.runs, **self.changes, **self.moved}
+        return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 class Parser(argparse.ArgumentParser):
@@ -257,29 +270,51 @@ class Parser(argparse.ArgumentParser):
 
 def parse(program: str, cls: type | None, argv: list[str] | None = None) -> tuple[Any, Options]:
     """Config and options from the command line of `python -m <program>`, as segma.train. cls: the Config that it
-    trains, each field of which is a flag; None for an evaluation, which has no config."""
+    trains, each field of which is a flag; None for an evaluation, which takes the flags that its run was made with."""
     paper, _, module = program.partition(".")
-    names = experiments(paper, module if cls else None)
+    argv = sys.argv[1:] if argv is None else argv
+    trains, names = cls is not None, experiments(paper, module if cls else None)
+    if not trains:
+        cls = next((config_class(paper, name) for name in argv if name in names), None)
     parser = Parser(prog=f"python -m {program}", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("experiment", help=f"one of: {', '.join(names)}")
     group = parser.add_argument_group("fields of the config; default: the experiment's")
-    own = [f for f in fields(Options)[1:] if cls or f.name not in Options.TRAINING]
-    for f in [*own, *(fields(cls) if cls else ())]:
-        flag, text = f"--{f.name.replace('_', '-')}", f.metadata.get("help")
-        if text and f.type is bool:
-            parser.add_argument(flag, help=text, action="store_true")
-        else:
-            check = partial(check_value, flag, annotation=f.type)
-            (parser if text else group).add_argument(flag, help=text, metavar="VALUE", type=check)
+    for f in [f for f in fields(Options) if f.metadata and (trains or f.name not in ("describe", "json"))]:
+        flag, text = f"--{f.name.replace('_', '-')}", f.metadata["help"]
+        check = partial(check_value, flag, annotation=f.type)
+        how = {"action": "store_true"} if f.type is bool else {"metavar": "VALUE", "type": check}
+        parser.add_argument(flag, help=text, **how)
+    said = comments(cls) if cls else {}
+    for f in fields(cls) if cls else ():
+        flag = f"--{f.name.replace('_', '-')}"
+        check = partial(check_value, flag, annotation=f.type)
+        group.add_argument(flag, help=said.get(f.name), metavar="VALUE", type=check)
     values = vars(parser.parse_all(argv))
     asked = values["experiment"]
-    if cls and f"{asked}-{module}" in names:  # python -m segma.m1m2 mnist
+    if trains and f"{asked}-{module}" in names:  # python -m segma.m1m2 mnist
         values["experiment"] = f"{asked}-{module}"
     elif asked not in names:
         check_experiment(paper, asked)
         raise UserError(f"{asked} is trained by python -m {paper}.{module_of(paper, asked)}, not by {program}")
     options = Options(**{f.name: values.pop(f.name) for f in fields(Options) if f.name in values})
-    return experiment_config(paper, options.experiment, values) if cls else None, options
+    config, standing = (experiment_config(paper, options.experiment, given) for given in (values, {}))
+    changes = {name: value for name, value in values.items() if differs(name, value, getattr(standing, name))}
+    moved = {name: value for name, value in values.items() if name == "dataset" and ":" in value}
+    return config, replace(options, changes=changes, moved=moved)
+
+
+def differs(name: str, value: object, other: object) -> bool:
+    """Whether a run with another value of this field is another run. Epochs may grow, and an image folder may move."""
+    if name == "dataset" and ":" in str(value):
+        value, other = (str(dataset).partition(":")[0] for dataset in (value, other))
+    return name != "epochs" and value != other
+
+
+def comments(cls: type) -> dict[str, str]:
+    """What stands beside each field of a Config in its source: the help of its flag."""
+    lines = [line for part in cls.__mro__[:-1] for line in inspect.getsource(part).splitlines()]
+    found = (re.match(r" {4}(\w+): .*?  # (.*)", line) for line in lines)
+    return {match[1]: match[2].replace("%", "%%") for match in found if match}
 
 
 def start(program: str, cls: type, train: Callable, argv: list[str] | None = None) -> None:
@@ -314,6 +349,8 @@ def set_up(options: Options) -> torch.device:
         raise UserError(f"--device: {name} asked for, but this machine has {gpus} CUDA devices. Use --device cpu")
     if options.graph and device.type != "cuda":
         raise UserError(f"--graph: it replays CUDA graphs, and the device is {device.type}. Leave it out")
+    if options.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard: the package is not installed; pip install -e '.[tensorboard]', or leave it out")
     if device.index:
         torch.cuda.set_device(device)  # streams and recordings are the current device's
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -458,13 +495,17 @@ class Run:
         for part in self.folder.rglob(".*.part"):  # of a process that was killed while it wrote
             part.unlink()
         self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(unit="step", disable=None, mininterval=0.5)  # elsewhere than on a terminal lines are printed
+        self.board = None  # TensorBoard's writer, where one is asked for
+        shape = "{desc}|{bar:10}| {elapsed} < {remaining}"  # fits 80 columns: the error first, then as much as fits
+        self.bar = tqdm(disable=None, mininterval=0.5, bar_format=shape, dynamic_ncols=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
         self.bar.close()
+        if self.board:
+            self.board.close()
         self.lock.release()
 
     def _on_signal(self, number: int, _: object) -> None:
@@ -499,6 +540,10 @@ class Run:
             print("no reference result: the checkout has changes, or git does not say (try `git status`)", flush=True)
         elif not self.identity["data_official"]:
             print("no reference result: the data are not the official ones", flush=True)
+        if self.options.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.epoch + 1)
         self.bar.reset(total=epochs * steps)
         self.bar.update(self.total_steps)
 
@@ -506,7 +551,7 @@ class Run:
         added = {field.name: field.default for field in fields(self.config)}  # the default of a field added since
         ours, theirs = self.identity | asdict(self.config), added | state["identity"] | state["config"]
         wrong = [f"{key}: a field unknown here" for key in state["config"] if key not in added]
-        differing = [key for key in ours if key != "epochs" and theirs.get(key) != ours[key]]
+        differing = [key for key in ours if differs(key, ours[key], theirs.get(key))]
         wrong += [f"{key}: {theirs.get(key)!r} there, {ours[key]!r} asked for" for key in differing]
         if state["epoch"] + (state["step"] > 0) > self.config.epochs:
             wrong.append(f"{state['epoch']} epochs are done, {self.config.epochs} asked for; they can only grow")
@@ -535,13 +580,15 @@ class Run:
         row = {**means, **more, "seconds": round(now - self.epoch_started, 3)}
         self.epoch, self.step, self.sums, self.epoch_started = self.epoch + 1, 0, None, now
         self.rows.append({"epoch": self.epoch, **row})
+        for name, value in row.items() if self.board else ():
+            self.board.add_scalar(name, value, self.epoch)
         if self.epoch == 1 or now - self.logged_at > QUIET:
             self._write_log()
         shown = "  ".join(f"{name} {value:.4g}" for name, value in {**more, **row}.items())
-        line = f"epoch {self.epoch}/{self.config.epochs}  {shown}"
-        self.bar.set_postfix_str(line, refresh=False)
-        if self.bar.disable and (self.epoch in (1, self.config.epochs) or now - self.printed_at > QUIET):
-            print(line, flush=True)
+        position = f"{self.identity['experiment']} {self.folder.name}  epoch {self.epoch}/{self.config.epochs}"
+        self.bar.set_description_str(f"{position}  {shown}"[: max(40, shutil.get_terminal_size().columns - 30)], False)
+        if self.epoch in (1, self.config.epochs) or now - self.printed_at > QUIET * (1 if self.bar.disable else 6):
+            tqdm.write(f"{position}  {shown}")
             self.printed_at = now
 
     def sample_path(self) -> Path | None:
@@ -554,9 +601,9 @@ class Run:
         if (self.epoch, self.step) != self.saved_position:
             self.save()
             self.bar.close()
-            where = f"--seed {self.options.seed} --data {self.options.data} --runs {self.options.runs}"
             print(f"trained {self.epoch} epochs in {self.seconds:.0f} s; log and pictures in {self.folder}")
-            print(f"next: python -m {self.identity['paper']}.eval {self.options.experiment} {where}", flush=True)
+            command = [f"{self.identity['paper']}.eval", self.options.experiment, *self.options.flags()]
+            print(f"next: python -m {shlex.join(command)}", flush=True)
 
     def save(self) -> None:
         """Write the checkpoint, then stop if asked to. A step that was not finite raises RunFailed before."""
@@ -597,13 +644,19 @@ def load_weights(model: nn.Module, state: dict, folder: Path) -> None:
         raise UserError(f"{folder}: not this system's weights ({str(error)[:150]})") from None
 
 
-def load_run(paper: str, folder: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict]:
-    """The system trained in `folder`, ready, and its checkpoint. Raises UserError where none is, or a damaged one."""
+def load_run(
+    paper: str, folder: str | Path, device: str | torch.device = "cpu", moved: dict | None = None
+) -> tuple[nn.Module, dict]:
+    """The system trained in `folder`, ready, and its checkpoint. Raises UserError where none is, or a damaged one.
+
+    moved: {"dataset": …} where the folder of images stands elsewhere now.
+    """
     folder = Path(folder)
     state = load_checkpoint(folder / "checkpoint.pt")
     if not state or "weights" not in state or state["identity"]["paper"] != paper:
         raise UserError(f"{folder}: no trained run here (no checkpoint.pt, or another paper's or version's)")
-    config = make_config(config_class(paper, state["identity"]["experiment"]), state["config"], str(folder))
+    values = state["config"] | (moved or {})
+    config = make_config(config_class(paper, state["identity"]["experiment"]), values, str(folder))
     model = config.build()
     load_weights(model, state, folder)
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
@@ -625,11 +678,20 @@ def record(config: Any, state: dict, metrics: dict, device: torch.device, **judg
 
 def evaluate_from(paper: str, evaluate: Callable, argv: list[str] | None, shown: Callable[[str], bool] = bool) -> None:
     """The command `python -m <paper>.eval`: evaluate(options) gives what `record` made. shown: the metrics to print."""
+    from common import plots  # which imports this module
+
     _, options = parse(f"{paper}.eval", None, argv)
+    plots.FORMATS = ("png", "pdf") if options.pdf else ("png",)
+    folder, earlier = options.folder(paper), {}
+    with suppress(OSError, ValueError):  # an eval.json that cannot be read is written anew
+        earlier = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     result = evaluate(options)
-    folder, origin = options.folder(paper), result["provenance"]
+    origin = result["provenance"]
+    if lost := earlier.get("metrics", {}).keys() - result["metrics"].keys():
+        print(f"left out, where the evaluation before this one had them: {', '.join(sorted(lost))}")
     done = f"{origin['epochs']} of {result['config']['epochs']} epochs on {origin['data']}"
     print(f"{paper} {options.experiment}, seed {options.seed}, {done}:")
     for name in filter(shown, result["metrics"]):
         print(f"  {name:<34}{result['metrics'][name]:.6g}")
-    print(f"numbers in {folder / 'eval.json'}, pictures in {folder / 'figures'}; next: make diff")
+    print(f"numbers in {folder / 'eval.json'}, pictures in {folder / 'figures'}")
+    print("next: make diff" + ("" if options.runs == Path("runs") else f" RUNS={options.runs}"))

@@ -35,7 +35,7 @@ SYSTEMS = {  # of Table 6 and Figure 4
 def evaluate(options: run.Options) -> dict:
     """Evaluate one run: its metrics, written to eval.json, and its figures."""
     device, folder = run.set_up(options), options.folder("gan_responsibility")
-    model, state = run.load_run("gan_responsibility", folder, device)
+    model, state = run.load_run("gan_responsibility", folder, device, options.moved)
     whole = read(model.config, options)
     run.check_data(folder, state, whole)
     data, seed, judges = prepared(whole, model.config), state["identity"]["seed"], {}
@@ -178,6 +178,7 @@ def metrics_of_runs(runs: Path) -> dict[str, list[dict[str, float]]]:
         experiment: [
             json.loads(path.read_text(encoding="utf-8"))["metrics"]
             for path in sorted((runs / "gan_responsibility" / experiment).glob("seed*/eval.json"))
+            if path.parent.name[4:].isdigit()  # not of a run with other flags
         ]
         for experiment in SYSTEMS.values()
     }

@@ -35,9 +35,9 @@ class ACGAN(Gan):
 
     def __init__(self, config: Config):
         super().__init__(config, supervised=True)
-        n, norm = config.class_count, config.norm == "batch"
-        self.generator = generator(config.latent_dim + n, config.shape, config.width, norm)
-        self.discriminator = Discriminator(config.shape, 1 + n, config.width, norm)
+        n, networks = config.class_count, (config.width, config.norm == "batch", config.dense_units)
+        self.generator = generator(config.latent_dim + n, config.shape, *networks)
+        self.discriminator = Discriminator(config.shape, 1 + n, *networks)
         initialise(self.generator)
         initialise(self.discriminator)
         self.output_of_group = self.output_of_class = torch.arange(n)  # output c of C stands for class c

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from common import classifier, inception, plots, run
 from common.data import Dataset
-from common.metrics import contingency, error_rate, normalised_mutual_information
 from gmgan import scores, toy
 from gmgan.model import GMGAN, Gan
 from gmgan.train import load_data
@@ -24,6 +23,24 @@ CURVE_SAMPLES = 5_000  # at each σ of Fig. 7
 PAIRS = 5_000  # of them, whose MS-SSIM stands for all
 MULTIPLIERS = toy.MULTIPLIERS  # the σ of Sec. 4.3: 0.5, 0.6 … 2.0
 SHOWN_MULTIPLIERS = toy.SHOWN_MULTIPLIERS  # of Fig. 6
+SIGMA = "σ, factor on the covariance after training"
+CURVES = {"quality": "quality, eq. (7), 0 to 1", "diversity": "diversity, eq. (10), 0 to 1"}
+CURVES |= {"inception_score": "Inception Score, eq. (5)"}
+COURSE = {  # the log's columns, as training.png names them
+    "d_loss": "loss of D, nats",
+    "g_loss": "loss of G, nats",
+    "real": "D's probability of real samples",
+    "fake": "D's probability of generated samples",
+    "d_grad": "norm of D's gradient",
+    "g_grad": "norm of G's gradient",
+    "nll": "-log p of samples, nats",
+    "component_purity": "samples in their Gaussian's class, %",
+    "component_nmi": "NMI of Gaussian and class",
+    "main_classes": "classes that are some Gaussian's",
+    "samples_of_their_class": "samples of their class, %",
+    "mse": "squared error per pixel of [-1, 1]",
+    "grad": "norm of the gradient",
+}
 NATURAL = ("cifar10", "stl10")  # data sets of Table 2, for which the Inception network means something
 INCEPTION_SAMPLES = 50_000  # of Table 2, in 10 parts, as the score's authors do
 
@@ -31,7 +48,7 @@ INCEPTION_SAMPLES = 50_000  # of Table 2, in 10 parts, as the score's authors do
 def evaluate(options: run.Options) -> dict:
     """Evaluate one run: its metrics, written to eval.json, and its figures."""
     device, folder = run.set_up(options), options.folder("gmgan")
-    model, state = run.load_run("gmgan", folder, device)
+    model, state = run.load_run("gmgan", folder, device, options.moved)
     _, data = load_data(model.config, options)
     run.check_data(folder, state, data)
     judges: dict[str, str | None] = {}
@@ -43,13 +60,19 @@ def evaluate(options: run.Options) -> dict:
         metrics = model.scores(data, options.seed)
     result = run.record(model.config, state, metrics, device, **judges)
     run.write_json(folder / "eval.json", result)
+    name, rows = f"{result['experiment']}, seed {result['seed']}", [labelled(row) for row in state["rows"]]
     if data.name in toy.VARIANCE:
-        toy.figures(model, state["rows"], folder / "figures")
+        toy.figures(model, rows, folder / "figures", name)
     else:
-        plots.save_course(state["rows"], folder / "figures/training.png")
+        plots.save_course(rows, folder / "figures/training.png")
         if isinstance(model, Gan):
-            figures(model, data, metrics, folder / "figures")
+            figures(model, data, metrics, folder / "figures", name)
     return result
+
+
+def labelled(row: dict) -> dict:
+    """A row of the log under the names that the figure of the training shows, with units."""
+    return {COURSE.get(key, key): value for key, value in row.items()}
 
 
 # -------------------------------------------------------------------------------------------------- scores on images
@@ -58,6 +81,7 @@ def evaluate(options: run.Options) -> dict:
 def on_images(model: Gan, data: Dataset, options: run.Options) -> tuple[dict[str, float], dict[str, str | None]]:
     """Table 2, Table 3 and the curves of Figs. 2 and 7 for one run, and which networks judged."""
     network, accuracy = classifier.trained(data, options.runs / "cache", model.device)
+    print(f"features of {len(data.train_images):,} real images; scores of {SAMPLES:,} samples", flush=True)
     reference = classifier.features(network, data.train_images).float()
     held_out = scores.nearest_distances(classifier.features(network, data.test_images).float(), reference)
     log_a = held_out.median().item()  # a = eᵈ at the distance of a typical real image: its quality is 1/2
@@ -67,11 +91,12 @@ def on_images(model: Gan, data: Dataset, options: run.Options) -> tuple[dict[str
     judge = Judge(network, reference, log_a, data.n_classes)
     images, groups = model.sample_mixture(SAMPLES, seed=options.seed)
     values, classes = judged(judge, images, options.seed)
-    found |= values | groups_and_classes(model, classes, groups, data.n_classes)
+    found |= values | scores.groups_and_classes(model, classes, groups, data.n_classes)
     for multiplier in MULTIPLIERS:  # 1 among them: all points of a curve are of as many samples, and of the same pairs
         images, _ = model.sample_mixture(CURVE_SAMPLES, multiplier, options.seed)
         values, _ = judged(judge, images, options.seed)
         found |= {f"{name}_at_{multiplier}": values[name] for name in ("quality", "diversity", "largest_class")}
+        print(f"σ = {multiplier}: quality {values['quality']:.3f}, diversity {values['diversity']:.3f}", flush=True)
     found |= clustering(model, data, options.seed)
     inception_scores, weights = inception_score(model, data, options)
     return found | inception_scores, {"classifier": classifier.digest(network), "inception": weights}
@@ -110,25 +135,6 @@ def judged(judge: Judge, images: Tensor, seed: int) -> tuple[dict[str, float], T
     return found, classes
 
 
-def groups_and_classes(model: Gan, classes: Tensor, groups: Tensor, n_classes: int) -> dict[str, float]:
-    """How far a Gaussian is a class, in percent (Sec. 5). classes, groups: (n,), of each sample.
-
-    Supervised: samples whose class is the one that their Gaussian stands for. Else: the share of its Gaussian's most
-    frequent class, how many classes are such, and the NMI of Gaussian and class.
-    """
-    if model.supervised:
-        of_class, of_group = model.output_of_class.cpu(), model.output_of_group.cpu()
-        return {"samples_of_their_class": 100 - error_rate(of_class[classes], of_group[groups])}
-    if model.config.groups == 1:
-        return {}
-    counts = contingency(groups, classes, model.config.groups, n_classes)
-    return {
-        "component_purity": 100 * (counts.amax(1).sum() / counts.sum()).item(),
-        "component_nmi": normalised_mutual_information(counts),
-        "main_classes": float(len(counts.argmax(1).unique())),
-    }
-
-
 def clustering(model: Gan, data: Dataset, seed: int) -> dict[str, float]:
     """ACC and NMI of Table 3 for an unsupervised run with as many Gaussians as classes, else nothing.
 
@@ -136,6 +142,8 @@ def clustering(model: Gan, data: Dataset, seed: int) -> dict[str, float]:
     """
     if model.supervised or model.config.groups != data.n_classes:
         return {}
+    made = model.config.groups * model.config.cluster_samples
+    print(f"Algorithm 2: a classifier learns from {made:,} generated images", flush=True)
     clusters = model.cluster(torch.cat([data.train_images, data.test_images]), seed)
     train, test = clusters.split([len(data.train_images), len(data.test_images)])
     on_test = scores.clustering(test, data.test_labels, data.n_classes)
@@ -157,30 +165,32 @@ def inception_score(model: Gan, data: Dataset, options: run.Options) -> tuple[di
     for multiplier in MULTIPLIERS:
         images, _ = model.sample_mixture(SAMPLES, multiplier, options.seed)
         found[f"inception_score_at_{multiplier}"] = scores.inception_score(inception.features(network, images))
+        print(f"σ = {multiplier}: Inception Score {found[f'inception_score_at_{multiplier}']:.3f}", flush=True)
     return found, f"Inception 2015-12-05, {inception.SHA256_PREFIX}"
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
 
 
-def figures(model: Gan, data: Dataset, metrics: dict[str, float], folder: Path) -> None:
-    """Samples by Gaussian (Fig. 8) and at several σ (Fig. 6), and the run's own curves (Figs. 2 and 7)."""
+def figures(model: Gan, data: Dataset, metrics: dict[str, float], folder: Path, name: str) -> None:
+    """Samples by Gaussian (Fig. 8) and at several σ (Fig. 6), and the run's curves (Figs. 2 and 7). name: the run's."""
     groups = model.config.groups
     each, labels, title = 100, [], "Samples"
     if groups > 1:
         each, labels = 10, label_groups(model, data)
-        title = f"Samples of each {'Gaussian' if isinstance(model, GMGAN) else 'class'} (Fig. 8)"
-    plots.save_labelled_grid(model.sample(each).float() / 255, folder / "samples.png", 10, title, labels)
+        title = f"samples of each {'Gaussian' if isinstance(model, GMGAN) else 'class'} (Fig. 8)"
+    samples = model.sample(each).float() / 255
+    plots.save_labelled_grid(samples, folder / "samples.png", 10, f"{name}: {title}", labels)
     each = -(-10 // groups)
     at = [model.sample(each, multiplier).float()[: 10 * each] / 255 for multiplier in SHOWN_MULTIPLIERS]
     columns = min(len(at[0]), 10)
     rows_of_each = -(-len(at[0]) // columns)
     heads = [f"σ = {m:g}" if i == 0 else "" for m in SHOWN_MULTIPLIERS for i in range(rows_of_each)]
-    title = "The same noise at several σ (Fig. 6)"
+    title = f"{name}: the same noise at several σ (Fig. 6)"
     plots.save_labelled_grid(torch.cat(at), folder / "sigma.png", columns, title, heads)
-    names = [name for name in ("quality", "diversity", "inception_score") if f"{name}_at_{MULTIPLIERS[0]}" in metrics]
-    curves = {name: (MULTIPLIERS, [metrics[f"{name}_at_{m}"] for m in MULTIPLIERS]) for name in names}
-    plots.save_curves(curves, folder / "trade_off.png", "σ, after training")
+    scored = [score for score in CURVES if f"{score}_at_{MULTIPLIERS[0]}" in metrics]
+    curves = {CURVES[score]: (MULTIPLIERS, [metrics[f"{score}_at_{m}"] for m in MULTIPLIERS]) for score in scored}
+    plots.save_curves(curves, folder / "trade_off.png", SIGMA)
 
 
 def label_groups(model: Gan, data: Dataset) -> list[str]:

@@ -13,10 +13,10 @@ import gmgan
 from common import diff, plots, run
 from common.plots import curve, named
 from gmgan import toy
-from gmgan.eval import MULTIPLIERS
+from gmgan.eval import MULTIPLIERS, SIGMA
 
 TOY = {"GAN": "toy-gan", "GM-GAN": "toy", "AC-GAN": "toy-acgan", "GM-GAN, supervised": "toy-supervised"}
-DATA = {"CIFAR-10": "cifar10", "STL-10": "stl10", "Fashion-MNIST": "fashion", "MNIST": "mnist"}
+DATA = {"CIFAR-10": "cifar10", "STL-10": "stl10", "Fashion-MNIST": "fashion", "MNIST": "mnist", "digits": "digits"}
 FIGURE_7 = {  # its two columns: the experiments behind each curve
     "supervised": {"AC-GAN": "{}-acgan", "GM-GAN": "{}-supervised", "GM-GAN, dynamic": "{}-supervised-dynamic"},
     "unsupervised": {"GAN": "{}-gan", "GM-GAN": "{}", "GM-GAN, dynamic": "{}-dynamic"},
@@ -26,7 +26,7 @@ NARROW = {"mnist": "mnist-narrow", "fashion": "fashion-narrow"}  # GM-GAN of its
 
 def figures_3_and_4(runs: Path, out: Path) -> None:
     """Samples of the four models over the data; GAN's and GM-GAN's at several σ."""
-    points, trained = toy.dataset().train_images, {}
+    trained = {}
     for name, experiment in TOY.items():
         folder = runs / "gmgan" / experiment / "seed0"
         config = run.experiment_config("gmgan", experiment)
@@ -37,10 +37,10 @@ def figures_3_and_4(runs: Path, out: Path) -> None:
         else:
             trained[name] = gmgan.load(folder)
     if trained:
-        panels = {name: (points, *toy.samples(model)) for name, model in trained.items()}
+        panels = {f"{name} ({TOY[name]}, seed 0)": (model, *toy.samples(model)) for name, model in trained.items()}
         toy.save_scatters(panels, out / "figure-3.png")
     panels = {
-        f"{name}, σ = {m:g}": (points, *toy.samples(trained[name], m))
+        f"{name} ({TOY[name]}, seed 0), σ = {m:g}": (trained[name], *toy.samples(trained[name], m))
         for name in ("GAN", "GM-GAN")
         if name in trained
         for m in toy.SHOWN_MULTIPLIERS
@@ -86,7 +86,7 @@ def figure_7(found: dict, out: Path) -> None:
                 row[f"{title}, {setting}: {score}"] = curves
         panels |= row if any(row.values()) else {}
     if panels:
-        plots.save_error_curves(panels, out / "figure-7.png", "σ, after training", "")
+        plots.save_error_curves(panels, out / "figure-7.png", SIGMA, "score, 0 to 1")
 
 
 def figure_2(found: dict, out: Path) -> None:
@@ -96,7 +96,7 @@ def figure_2(found: dict, out: Path) -> None:
         if data in found and f"inception_score_at_{MULTIPLIERS[0]}" in found[data][0]:
             panels[title] = {named("GM-GAN", found[data]): curve(found[data], "inception_score_at_")}
     if panels:
-        plots.save_error_curves(panels, out / "figure-2.png", "σ, after training", "Inception Score")
+        plots.save_error_curves(panels, out / "figure-2.png", SIGMA, "Inception Score")
     else:
         print("figure 2 left out: no run on CIFAR-10 or STL-10 was evaluated with Inception weights")
 

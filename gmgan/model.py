@@ -79,10 +79,16 @@ class ToVector(nn.Module):
         return x.permute(0, 2, 3, 1).flatten(1)
 
 
-def generator(inputs: int, shape: tuple[int, ...], width: int, norm: bool) -> nn.Sequential:
+def dense_layer(inputs: int, units: int, norm: bool, activation: nn.Module) -> list[nn.Module]:
+    """(B, inputs) to (B, units), with batch normalisation before the activation."""
+    return [nn.Linear(inputs, units), *([nn.BatchNorm1d(units)] if norm else []), activation]
+
+
+def generator(inputs: int, shape: tuple[int, ...], width: int, norm: bool, dense_units: int = 0) -> nn.Sequential:
     """From vectors (B, inputs) to points (B, 2), or to images (B, C, H, W) in [-1, 1].
 
     width: units of a hidden layer, or channels of the layer next to the image.  norm: with batch normalisation.
+    dense_units: of images, a dense layer before all others, as InfoGAN has it; 0: none.
     """
     if len(shape) == 1:
         hidden = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
@@ -90,7 +96,8 @@ def generator(inputs: int, shape: tuple[int, ...], width: int, norm: bool) -> nn
     channels, height, _ = shape
     n = halvings(height)
     side, depth = height >> n, width << (n - 1)  # of 28×28: 7, 2·width
-    layers: list[nn.Module] = [nn.Linear(inputs, depth * side * side), ToImage(depth, side)]  # (2·width, 7, 7)
+    layers: list[nn.Module] = dense_layer(inputs, dense_units, norm, nn.ReLU()) if dense_units else []
+    layers += [nn.Linear(dense_units or inputs, depth * side * side), ToImage(depth, side)]  # (2·width, 7, 7)
     while n:
         layers += [nn.BatchNorm2d(depth), nn.ReLU()] if norm else [nn.ReLU()]
         n -= 1
@@ -103,10 +110,10 @@ def generator(inputs: int, shape: tuple[int, ...], width: int, norm: bool) -> nn
 class Discriminator(nn.Module):
     """Logits of D(x), (B, outputs): the sigmoid of each is a probability.
 
-    x: points (B, 2), or images (B, C, H, W) in [-1, 1].
+    x: points (B, 2), or images (B, C, H, W) in [-1, 1]. dense_units: of images, a dense layer after the convolutions.
     """
 
-    def __init__(self, shape: tuple[int, ...], outputs: int, width: int, norm: bool):
+    def __init__(self, shape: tuple[int, ...], outputs: int, width: int, norm: bool, dense_units: int = 0):
         super().__init__()
         layers: list[nn.Module] = []
         if len(shape) == 1:
@@ -122,6 +129,9 @@ class Discriminator(nn.Module):
                 channels, height = out, height // 2
             layers.append(ToVector())
             features = channels * height * height
+            if dense_units:
+                layers += dense_layer(features, dense_units, norm, nn.LeakyReLU(0.2))
+                features = dense_units
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(features, outputs)
 
@@ -134,8 +144,9 @@ def initialise(network: nn.Module) -> None:
     """DCGAN's: weights N(0, 0.02), batch normalisation's N(1, 0.02), biases 0. Dense networks keep PyTorch's own."""
     if any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in network.modules()):
         for m in network.modules():
-            if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.BatchNorm2d):
-                nn.init.normal_(m.weight, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
+            normed = isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)
+            if normed or isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                nn.init.normal_(m.weight, 1.0 if normed else 0.0, 0.02)
                 nn.init.zeros_(m.bias)
 
 
@@ -267,11 +278,12 @@ class GMGAN(Gan):
 
     def __init__(self, config):
         super().__init__(config, config.supervised)
-        k, n, norm = config.components, config.class_count, config.norm == "batch"
+        k, n = config.components, config.class_count
+        networks = config.width, config.norm == "batch", config.dense_units
         outputs = min(k, n) if config.supervised else 1
         self.mixture = Mixture(k, config.latent_dim, config.mean_range, config.deviation, config.mixture)
-        self.generator = generator(config.latent_dim, config.shape, config.width, norm)
-        self.discriminator = Discriminator(config.shape, outputs, config.width, norm)
+        self.generator = generator(config.latent_dim, config.shape, *networks)
+        self.discriminator = Discriminator(config.shape, outputs, *networks)
         initialise(self.generator)
         initialise(self.discriminator)
         of_group, of_class = torch.zeros(k, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)

@@ -1,6 +1,6 @@
 """The scores of Sec. 3 and 5.2: quality, diversity within and between classes, Inception Score, and those of clusters.
 
-Each is a pure function of images, features or classes; eval.py says which classifier gives those.
+Each is a function of images, features or classes; eval.py says which classifier gives those.
 """
 
 import math
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.metrics import clustering_accuracy, contingency, normalised_mutual_information
+from common.metrics import clustering_accuracy, contingency, error_rate, normalised_mutual_information
+from gmgan.model import Gan
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli, Bovik 2003
 WINDOW, WINDOW_DEVIATION = 11, 1.5  # the Gaussian window of SSIM
@@ -116,3 +117,22 @@ def clustering(clusters: Tensor, labels: Tensor, n_classes: int) -> dict[str, fl
     """ACC, eq. (12), and NMI, eq. (13), of clusters (n,) against labels (n,), as many of the one as of the other."""
     table = contingency(clusters, labels, n_classes, n_classes)
     return {"accuracy": clustering_accuracy(table), "nmi": normalised_mutual_information(table)}
+
+
+def groups_and_classes(model: Gan, classes: Tensor, groups: Tensor, n_classes: int) -> dict[str, float]:
+    """How far a Gaussian is a class, in percent (Sec. 5). classes, groups: (n,), of each sample.
+
+    Supervised: samples whose class is the one that their Gaussian stands for. Else: the share of its Gaussian's most
+    frequent class, how many classes are such, and the NMI of Gaussian and class.
+    """
+    if model.supervised:
+        of_class, of_group = model.output_of_class.cpu(), model.output_of_group.cpu()
+        return {"samples_of_their_class": 100 - error_rate(of_class[classes], of_group[groups])}
+    if model.config.groups == 1:
+        return {}
+    counts = contingency(groups, classes, model.config.groups, n_classes)
+    return {
+        "component_purity": 100 * (counts.amax(1).sum() / counts.sum()).item(),
+        "component_nmi": normalised_mutual_information(counts),
+        "main_classes": float(len(counts.argmax(1).unique())),
+    }

@@ -151,11 +151,13 @@ def scores(model: Gan, rows: list[dict]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def figures(model: Gan, rows: list[dict], folder: Path) -> None:
-    """Samples over the data in the colours of their Gaussians (Fig. 3), at several σ (Fig. 4); likelihoods (Fig. 5)."""
-    points = dataset(model.config.dataset).train_images
-    save_scatters({"": (points, *samples(model))}, folder / "samples.png")
-    panels = {f"σ = {m:g}": (points, *samples(model, m)) for m in SHOWN_MULTIPLIERS}
+def figures(model: Gan, rows: list[dict], folder: Path, name: str) -> None:
+    """Samples over the data in the colours of their Gaussians (Fig. 3), at several σ (Fig. 4); likelihoods (Fig. 5).
+
+    name: of the run, for the titles.
+    """
+    save_scatters({name: (model, *samples(model))}, folder / "samples.png")
+    panels = {f"{name}: σ = {m:g}": (model, *samples(model, m)) for m in SHOWN_MULTIPLIERS}
     save_scatters(panels, folder / "sigma.png")
     plots.save_course(rows, folder / "training.png")
 
@@ -163,19 +165,38 @@ def figures(model: Gan, rows: list[dict], folder: Path) -> None:
 def save_samples(model: Gan, path: Path) -> None:
     """200 samples of each group over the data, always of the same noise: what training shows now and then."""
     groups = torch.arange(model.config.groups).repeat_interleave(200)
-    points = dataset(model.config.dataset).train_images
-    save_scatters({"": (points, model.sample(200, stream=("samples",)), groups)}, path)
+    save_scatters({"": (model, model.sample(200, stream=("samples",)), groups)}, path)
 
 
-def save_scatters(panels: dict[str, tuple[Tensor, Tensor, Tensor]], path: Path, columns: int = 4) -> None:
-    """Panel for each named (data (n, 2), samples (m, 2), groups (m,)): data black, samples in their groups' colours."""
+def save_scatters(panels: dict[str, tuple[Gan, Tensor, Tensor]], path: Path, columns: int = 4) -> None:
+    """A panel for each named (model, samples (m, 2), groups (m,)): its data black, samples in their groups' colours.
+
+    What each colour stands for is below a panel, of up to 20 groups.
+    """
     rows, columns = -(-len(panels) // columns), min(columns, len(panels))
-    figure, all_axes = plots.subplots(rows, columns, figsize=(3.2 * columns, 3.3 * rows), squeeze=False)
-    limit = 1.25 * max(float(data.abs().max()) for data, _, _ in panels.values())
+    figure, all_axes = plots.subplots(rows, columns, figsize=(3.4 * columns, 4.1 * rows), squeeze=False)
+    data = [dataset(model.config.dataset).train_images for model, _, _ in panels.values()]
+    limit = 1.25 * max(float(points.abs().max()) for points in data)
     for axes in all_axes.flat[len(panels) :]:
         axes.set_visible(False)
-    for axes, (name, (data, made, groups)) in zip(all_axes.flat, panels.items(), strict=False):
-        axes.scatter(*data.T.numpy(), s=1, c="black", alpha=0.25, linewidths=0)
-        axes.scatter(*made.T.numpy(), s=2, c=groups.numpy(), cmap="tab10", linewidths=0)
-        axes.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    for axes, points, (name, (model, made, groups)) in zip(all_axes.flat, data, panels.items(), strict=False):
+        axes.scatter(*points.T.numpy(), s=1, c="black", alpha=0.25, linewidths=0, label="training points")
+        several = model.config.groups > 1
+        for k in groups.unique().tolist():
+            label = group_name(model, k) if several else "samples"
+            axes.scatter(*made[groups == k].T.numpy(), s=2, c=f"C{k % 10}", linewidths=0, label=label)
+        axes.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel="x₁", ylabel="x₂")
+        if model.config.groups <= 20:
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3, "frameon": False}
+            legend = axes.legend(**below, columnspacing=1, handletextpad=0.2)
+            for handle in legend.legend_handles:  # dots of the size of the points could not be seen
+                handle.set(sizes=[20], alpha=1)
     plots.save_figure(figure, path)
+
+
+def group_name(model: Gan, k: int) -> str:
+    """Of a legend: a Gaussian's number, or the mode that it stands for where D knows classes."""
+    names = dataset(model.config.dataset).class_names
+    if model.supervised and model.config.groups >= len(names):
+        return f"class {names[int(model.output_of_group[k])]}"
+    return f"Gaussian {k}"

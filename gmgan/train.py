@@ -11,17 +11,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from common import graph, plots, run
+from common import classifier, graph, plots, run
 from common.data import Dataset, described, load
-from common.run import Count, Decay, NonNegative, Positive
-from gmgan import toy
+from common.run import Count, Decay, NonNegative, Positive, Range
+from gmgan import scores, toy
 from gmgan.model import GMGAN, Gan, as_input, correspondence
 
+Whole = Annotated[int, Range(0)]
+JUDGED = 5_000  # samples, by which `purity_every` judges
 SETS = {  # data set: shape, classes; None: the number is found in the folder
     "toy": ((2,), 9),
     "toy_apart": ((2,), 9),
@@ -80,6 +82,13 @@ class GanConfig(Task):
     batch_fake: Count = 128  # b_G, generated ones in a step of the generator
     width: Count = 64  # channels next to the image, doubled by each layer further in; of the dense networks: units
     norm: Literal["batch", "none"] = "batch"  # of the image networks: batch normalisation as in DCGAN
+    dense_units: Whole = 0  # of the image networks: a dense layer of so many units in G and in D; 0: none
+    purity_every: Whole = 0  # epochs between two looks at how far a Gaussian is a class, for the log; 0: none
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.shape) == 1 and (self.dense_units or self.purity_every):
+            raise ValueError("dense_units, purity_every: the toy has no images, for which these are")
 
 
 @dataclass(frozen=True)
@@ -232,11 +241,26 @@ def train(config: Task, options: run.Options, step: Callable[..., dict[str, Tens
                 drawn = order[r.step * config.batch_real :][: config.batch_real]
                 noise = run.generator(options.seed, "noise", r.epoch, r.step, device=device)
                 r.after_step(replayed(Batch(as_input(images[drawn]), labels[drawn], noise)))
-            r.after_epoch(**(toy.course(model) if data.name in toy.VARIANCE else {}))
+            r.after_epoch(**course(model, data, r.epoch + 1, options))
             if (path := r.sample_path()) and isinstance(model, Gan):
                 save_samples(model, path)
         r.finish()
     return r.folder
+
+
+def course(model: nn.Module, data: Dataset, epoch: int, options: run.Options) -> dict[str, float]:
+    """What the log notes after an epoch beside the losses. Of the toy: the likelihood of samples (Fig. 5).
+
+    Of images, after every `purity_every` epochs: how far a Gaussian is a class, of 5,000 samples as the data set's own
+    classifier sees them, which is trained when it is first asked.
+    """
+    if data.name in toy.VARIANCE:
+        return toy.course(model)
+    if not isinstance(model, Gan) or not model.config.purity_every or epoch % model.config.purity_every:
+        return {}
+    network, _ = classifier.trained(data, options.runs / "cache", model.device)
+    images, groups = model.sample_mixture(JUDGED)
+    return scores.groups_and_classes(model, classifier.classify(network, images), groups, data.n_classes)
 
 
 def save_samples(model: Gan, path: Path) -> None:

@@ -6,6 +6,7 @@ Writes eval.json and figures/ into the run's folder. Tables I and III need the I
 left out.
 """
 
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ ANTI_TARGETS = [(0, 1), (2, 1), (3, 1), (1, 3)]  # Fig. 8, class and anti-target
 def evaluate(options: run.Options) -> dict:
     """Evaluate one run: metrics and details, written to eval.json, and the figures."""
     device, folder = run.set_up(options), options.folder("segma")
-    model, state = run.load_run("segma", folder, device)
+    model, state = run.load_run("segma", folder, device, options.moved)
     data = load(model.config.dataset, options.data, options.unofficial_data)
     run.check_data(folder, state, data)
     labelled = bool(model.config.labelled_per_batch)
@@ -259,29 +260,31 @@ def figures(
     """Figures 3 to 8 for this data set, the geometry of the latent space, and the course of training.
 
     z: (n, D), the codes of the test images.  result: what `evaluate` measured.  rows: the log.
+    The last line of each title, `of`, says whose figure it is.
     """
-    details = result["details"]
+    details, whose = result["details"], dict.fromkeys([result["experiment"], data.name, f"seed {result['seed']}"])
+    of = ", ".join(whose).replace("$", r"\$")  # else matplotlib may read a formula
     generator, labelled = run.generator(seed, "figures"), bool(model.config.labelled_per_batch)
-    samples(model, data, generator, folder / "samples.png")
-    interpolations(model, data, z, generator, folder / "interpolations.png")
+    samples(model, data, generator, folder / "samples.png", of)
+    interpolations(model, data, z, generator, folder / "interpolations.png", of)
     if labelled:
-        chosen = style_transfers(model, data, z, generator, folder / "style_transfer.png")
+        chosen = style_transfers(model, data, z, generator, folder / "style_transfer.png", of)
     if labelled and isinstance(model, SeGMA):
-        intensities(model, data, z, chosen, generator, folder / "intensity.png")
-        geometry(details, data.class_names, folder)
+        intensities(model, data, z, chosen, generator, folder / "intensity.png", of)
+        geometry(details, data.class_names, folder, of)
     if "sampled_distance" in details:
-        closed_form(details["sampled_distance"], result["timing"], folder / "closed_form.png")
-    training(rows, folder / "training.png")
+        closed_form(details["sampled_distance"], result["timing"], folder / "closed_form.png", of)
+    training(rows, folder / "training.png", of)
 
 
-def samples(model: GenerativeModel, data: Dataset, generator: torch.Generator, path: Path) -> None:
+def samples(model: GenerativeModel, data: Dataset, generator: torch.Generator, path: Path, of: str) -> None:
     """Figures 3 to 5: ten samples of each component, one row a component."""
     k = len(model.means)
     noise = torch.randn(k * 10, model.config.latent_dim, generator=generator).to(model.device)
     codes = model.place(noise, torch.arange(k, device=model.device).repeat_interleave(10))
     labelled = bool(model.config.labelled_per_batch)
     rows = data.class_names if labelled else [f"component {i}" for i in range(k)]
-    plots.save_labelled_grid(model.decode(codes), path, 10, "Samples of each component (Figs. 3-5)", rows)
+    plots.save_labelled_grid(model.decode(codes), path, 10, f"Samples of each component (Figs. 3-5)\n{of}", rows)
 
 
 def one_of(class_: int, classes: Tensor, generator: torch.Generator) -> int:
@@ -315,7 +318,9 @@ def with_originals(
     return torch.cat(parts, 1).flatten(0, 1)
 
 
-def interpolations(model: GenerativeModel, data: Dataset, z: Tensor, generator: torch.Generator, path: Path) -> None:
+def interpolations(
+    model: GenerativeModel, data: Dataset, z: Tensor, generator: torch.Generator, path: Path, of: str
+) -> None:
     """Figure 6: nine steps from a test image to one of another class. The first row is from 6 to 9, as in the paper."""
     n, names, real = data.n_classes, data.class_names, shows_originals(data)
     pairs = [(s, other_than(s, n, generator)) for s in range(n)]
@@ -324,11 +329,13 @@ def interpolations(model: GenerativeModel, data: Dataset, z: Tensor, generator: 
     steps = torch.linspace(0, 1, 9, device=z.device)
     line = z[first][:, None] + steps[None, :, None] * (z[last] - z[first])[:, None]
     images = with_originals(model, data, first, line, last)
-    title = "Interpolations between test images (Fig. 6)" + (": first and last are real" if real else "")
+    title = "Interpolations between test images (Fig. 6)" + (": first and last are real" if real else "") + f"\n{of}"
     plots.save_labelled_grid(images, path, 11 if real else 9, title, [f"{names[s]} to {names[e]}" for s, e in pairs])
 
 
-def style_transfers(model: GenerativeModel, data: Dataset, z: Tensor, generator: torch.Generator, path: Path) -> Tensor:
+def style_transfers(
+    model: GenerativeModel, data: Dataset, z: Tensor, generator: torch.Generator, path: Path, of: str
+) -> Tensor:
     """Figure 7: a test image of each class moves to another class. Returns which images, (K,)."""
     k, names, real, assigned = len(model.means), data.class_names, shows_originals(data), model.classify(z)
     chosen = torch.tensor([one_of(s, assigned, generator) for s in range(k)])
@@ -341,14 +348,16 @@ def style_transfers(model: GenerativeModel, data: Dataset, z: Tensor, generator:
         with_originals(model, data, chosen, moved),
         path,
         10 if real else 9,
-        f"Continuous style transfer, {formula}",
+        f"Continuous style transfer, {formula}\n{of}",
         [f"{names[s]} to {names[e]}" for s, e in zip(source.tolist(), target.tolist(), strict=True)],
         ["real"] * real + [f"t={t:.2g}" for t in steps],
     )
     return chosen
 
 
-def intensities(model: SeGMA, data: Dataset, z: Tensor, chosen: Tensor, generator: torch.Generator, path: Path) -> None:
+def intensities(
+    model: SeGMA, data: Dataset, z: Tensor, chosen: Tensor, generator: torch.Generator, path: Path, of: str
+) -> None:
     """Figure 8: test images, `chosen` (K,), move away from an anti-target class.
 
     On faces the classes are the paper's; elsewhere the anti-target is the class with the nearest mean (ledger 23).
@@ -366,26 +375,25 @@ def intensities(model: SeGMA, data: Dataset, z: Tensor, chosen: Tensor, generato
         with_originals(model, data, chosen, moved),
         path,
         8 if real else 7,
-        "Class intensity, z + α (μ_s - μ_t), eq. (11), Fig. 8 (the paper's α is 0.5)",
+        f"Class intensity, z + α (μ_s - μ_t), eq. (11), Fig. 8 (the paper's α is 0.5)\n{of}",
         [f"{names[s]}, away from {names[e]}" for s, e in zip(source.tolist(), anti_target.tolist(), strict=True)],
         ["real"] * real + [f"α={alpha:g}" for alpha in alphas],
     )
 
 
-def geometry(details: dict, names: Sequence[str], folder: Path) -> None:
+def geometry(details: dict, names: Sequence[str], folder: Path, of: str) -> None:
     """The distances between the means, and the classes that lie between classes."""
     distances = details["mean_distances"]
-    text = [["" if i == j else f"{d:.1f}" for j, d in enumerate(row)] for i, row in enumerate(distances)]
-    save_matrix(
-        torch.tensor(distances), folder / "means.png", names, "Distances between the means", text, "‖μ_k - μ_l‖"
-    )
+    text = [["" if i == j else f"{d:.2f}" for j, d in enumerate(row)] for i, row in enumerate(distances)]
+    title = f"Distances between the means\n{of}"
+    save_matrix(torch.tensor(distances), folder / "means.png", names, title, text, "‖μ_k - μ_l‖")
     shares = torch.zeros(len(names), len(names))
     text = [[""] * len(names) for _ in names]
     for i, j in combinations(range(len(names)), 2):
         for name, share in list((details["between"][f"{names[i]}-{names[j]}"] or {}).items())[:1]:
             shares[i, j] = shares[j, i] = 100 * share
             text[i][j] = text[j][i] = f"{name}: {100 * share:.0f}"
-    title = "The third class that most lines between two classes pass through, and % of lines"
+    title = f"The third class on most lines between two classes,\nand % of lines through it\n{of}"
     save_matrix(shares, folder / "between.png", names, title, text, "% of lines")
 
 
@@ -395,27 +403,31 @@ def save_matrix(
     """A square matrix (K, K) as a heat map without its diagonal, with `text` in its cells and `colours` at its bar."""
     values = values.clone().fill_diagonal_(float("nan"))
     shown = values[~values.isnan()]
-    middle = (shown.min() + shown.max()) / 2
-    figure, axes = plots.subplots(figsize=(0.55 * len(names) + 2.2, 0.5 * len(names) + 1.2))
+    middle, long = (shown.min() + shown.max()) / 2, max(map(len, names)) > 6
+    cell = 1.0 if long else 0.55  # inches
+    figure, axes = plots.subplots(figsize=(cell * len(names) + 2.2, cell * len(names) + 1.2))
     picture = axes.imshow(values.numpy(), cmap="viridis")
     for i, row in enumerate(text):
         for j, word in enumerate(row):
-            colour = "white" if values[i, j] < middle else "black"
-            axes.text(j, i, word, ha="center", va="center", fontsize=7, color=colour)
-    axes.set_xticks(range(len(names)), names, parse_math=False)
+            how = {"ha": "center", "va": "center", "color": "white" if values[i, j] < middle else "black"}
+            # Without the parser of formulas: a class may be called a_$.
+            axes.text(j, i, textwrap.fill(word, 12), fontsize=7, parse_math=False, **how)
+    lean = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if long else {}
+    axes.set_xticks(range(len(names)), names, parse_math=False, **lean)
     axes.set_yticks(range(len(names)), names, parse_math=False)
+    axes.set(xlabel="class", ylabel="class")
     axes.set_title(title)
-    figure.colorbar(picture, ax=axes, label=colours)
+    figure.colorbar(picture, ax=axes, label=colours, shrink=0.8)
     plots.save_figure(figure, path)
 
 
-def closed_form(rows: list[dict], timing: list[dict], path: Path) -> None:
+def closed_form(rows: list[dict], timing: list[dict], path: Path, of: str) -> None:
     """What sampling the mixture costs in noise and time, against the number of samples."""
     closed, n = timing[0]["milliseconds"], [row["n"] for row in rows[1:]]
     noise, times = [row["gradient_noise"] for row in rows[1:]], [row["milliseconds"] for row in timing[1:]]
     curves = {
-        "noise of the sampled gradient\n(closed form: 0)": (n, noise),
-        f"milliseconds with sampling\n(closed form: {closed:.2g})": (n, times),
+        f"noise of the gradient over its norm\n(closed form: 0)\n{of}": (n, noise),
+        f"milliseconds, value and gradient\n(closed form: {closed:.2g})\n{of}": (n, times),
     }
     plots.save_curves(curves, path, "samples of the mixture in a sampled MMD", log=True)
 
@@ -432,12 +444,27 @@ COURSE = {  # the log's columns, as the training figure names them
 }
 
 
-def training(rows: list[dict], path: Path) -> None:
-    """The course of training, one panel for each column of the log; before the first epoch has ended nothing."""
+def training(rows: list[dict], path: Path, of: str) -> None:
+    """The course of training, a panel for each column of the log; the axis is logarithmic where one spans a decade.
+
+    Before the first epoch has ended there is nothing to draw.
+    """
     points = {title: [(row["epoch"], row[name]) for row in rows if name in row] for name, title in COURSE.items()}
-    curves = {title: tuple(zip(*several, strict=True)) for title, several in points.items() if several}
-    if curves:
-        plots.save_curves(curves, path, "epoch")
+    curves = {title: zip(*several, strict=True) for title, several in points.items() if several}
+    if not curves:
+        return
+    columns = min(len(curves), 3)
+    size = (3.6 * columns, 2.6 * -(-len(curves) // columns) + 0.4)
+    figure, panels = plots.subplots(-(-len(curves) // columns), columns, figsize=size, squeeze=False)
+    for axes in panels.flat[len(curves) :]:
+        axes.set_visible(False)
+    for axes, (title, (epochs, values)) in zip(panels.flat, curves.items(), strict=False):
+        axes.plot(epochs, values, linewidth=1, marker="." if len(epochs) < 40 else "")  # one epoch alone is a point
+        axes.set(xlabel="epoch", ylabel=title, yscale="log" if 0 < 10 * min(values) < max(values) else "linear")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.grid(alpha=0.3)
+    figure.suptitle(of, fontsize=9)
+    plots.save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

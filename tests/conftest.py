@@ -10,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--hidden-dim", "32", "--threads", "1"]  # digits in a fraction of a second an epoch
+TINY_FOLDER = "segma/digits/seed0-hidden-dim-32"
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def command(*arguments: str, **kwargs) -> subprocess.Popen:
 def run_command(*arguments: str, **kwargs) -> tuple[int, str, str]:
     """A real command line to its end: exit code, standard output, standard error."""
     process = command(*arguments, **kwargs)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate()
     return process.returncode, out, err
 
 
@@ -60,3 +61,13 @@ def trained(tmp_path_factory) -> Path:
     code, out, err = run_command("segma.eval", *arguments)
     assert code == 0, err
     return runs
+
+
+def slope(loss, parameter: torch.Tensor, index: int, step: float = 1e-5) -> float:
+    """The derivative of loss() by one entry of a parameter, by finite differences."""
+    flat = parameter.data.view(-1)
+    value, losses = flat[index].item(), []
+    for other in (value + step, value - step, value):
+        flat[index] = other
+        losses.append(loss().item())
+    return (losses[0] - losses[1]) / (2 * step)

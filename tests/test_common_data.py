@@ -119,33 +119,30 @@ def write(name: str, root: Path, monkeypatch=None) -> Path:
     return folder
 
 
-def checksum(path: Path, otherwise: str = "0" * 32) -> str:
-    return hashlib.md5(path.read_bytes()).hexdigest() if path.exists() else otherwise
-
-
 def make_official(name: str, folder: Path, monkeypatch) -> None:
-    def pairs(*files: str) -> list:
-        return [[file, checksum(folder / file)] for file in files]
+    """The checksums that torchvision and data.py know become those of the files in `folder`."""
+
+    def md5(file: str, otherwise: str = "0" * 32) -> str:
+        return hashlib.md5((folder / file).read_bytes()).hexdigest() if (folder / file).exists() else otherwise
 
     if name == "mnist":
         sums = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in data.SHA256[name]}
         monkeypatch.setitem(data.SHA256, name, sums)
-        monkeypatch.setattr(MNIST, "resources", pairs(*(f"{file}.gz" for file in sums)))
+        monkeypatch.setattr(MNIST, "resources", [[f"{file}.gz", md5(f"{file}.gz")] for file in sums])
     elif name == "svhn_extra":
-        files = {split: (url, *pairs(file)[0]) for split, (url, file, _) in SVHN.split_list.items()}
+        files = {split: (url, file, md5(file)) for split, (url, file, _) in SVHN.split_list.items()}
         monkeypatch.setattr(SVHN, "split_list", files)
     elif name == "celeba":
-        files = [(i, checksum(folder / file, md5), file) for i, md5, file in CelebA.file_list]
-        monkeypatch.setattr(CelebA, "file_list", files)
+        monkeypatch.setattr(CelebA, "file_list", [(i, md5(file, was), file) for i, was, file in CelebA.file_list])
     elif name == "flowers10_all":
-        files = {key: (file, checksum(folder / file, md5)) for key, (file, md5) in Flowers102._file_dict.items()}
+        files = {key: (file, md5(file, was)) for key, (file, was) in Flowers102._file_dict.items()}
         monkeypatch.setattr(Flowers102, "_file_dict", files)
     else:
         cls = {"cifar10": CIFAR10, "stl10": STL10}[name]
         for attribute in ("train_list", "test_list"):
-            monkeypatch.setattr(cls, attribute, pairs(*(file for file, _ in getattr(cls, attribute))))
-        monkeypatch.setattr(cls, "tgz_md5", checksum(folder / cls.filename))
-        monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": checksum(folder / "batches.meta")})
+            monkeypatch.setattr(cls, attribute, [[file, md5(file)] for file, _ in getattr(cls, attribute)])
+        monkeypatch.setattr(cls, "tgz_md5", md5(cls.filename))
+        monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5("batches.meta")})
 
 
 def write_images(folder: Path, n: int, size: tuple[int, int] = (40, 30), suffix: str = "png", first: int = 0) -> None:
@@ -367,21 +364,23 @@ def test_an_unofficial_mnist_is_read_where_it_is_asked_for_unless_it_is_damaged(
     folder = tmp_path / "MNIST/raw"
     for file in ("train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
         whole = (folder / file).read_bytes()
-        cut = [b"", whole[:10], whole[:-1], whole[: len(whole) // 2], whole[:4] + bytes(4) + whole[8:16]]
-        for content in (*cut, b"\x89PNG" + whole[4:], whole[:2] + b"\x0d" + whole[3:], whole[:7] + b"\x09" + whole[8:]):
+        for content in (b"", whole[:10], whole[:-1], b"\x89PNG" + whole[4:], whole[:7] + b"\x09" + whole[8:]):
             (folder / file).write_bytes(content)
             assert str(tmp_path) in refused("mnist", tmp_path, unofficial=True)
         (folder / file).write_bytes(whole)
-    for labels in (whole[:8] + bytes([10] * 12), whole[:7] + bytes([13] + [1] * 13)):
-        (folder / file).write_bytes(labels)
-        assert "expected images of 28×28, and as many labels, 0 … 9" in refused("mnist", tmp_path, unofficial=True)
+    (folder / file).write_bytes(whole[:8] + bytes([10] * 12))
+    assert "expected images of 28×28, and as many labels, 0 … 9" in refused("mnist", tmp_path, unofficial=True)
 
 
 @pytest.mark.parametrize("name", ["svhn_extra", "svhn", "cifar10", "stl10"])
 def test_svhn_cifar10_and_stl10_are_read_pixel_by_pixel(tmp_path, monkeypatch, name):
-    counts = {"svhn_extra": ([25, 31], [13]), "svhn": ([25], [13]), "stl10": ([4], [3])}.get(
-        name, ([2, 3, 4, 5, 6], [7])
-    )
+    counts = {
+        "svhn_extra": ([25, 31], [13]),
+        "svhn": ([25], [13]),
+        "stl10": ([4], [3]),
+        "cifar10": ([2, 3, 4, 5, 6], [7]),
+    }
+    counts = counts[name]
     side = 96 if name == "stl10" else 32  # stl10 without unlabeled_X.bin, which torchvision's own class wants
     folder = write({"svhn": "svhn_extra"}.get(name, name), tmp_path, monkeypatch)
     if name == "svhn":
@@ -427,14 +426,8 @@ def test_celeba_is_cropped_resized_split_and_labelled(tmp_path, monkeypatch):
 
 CELEBA_MISTAKES = {
     "commas": (lambda f: (f / ATTR).write_text("image_id,Male,Smiling\n000001.jpg,1,-1\n"), "'Male' is not in list"),
-    "a row cut": (lambda f: (f / ATTR).write_text((f / ATTR).read_text()[:-50]), "cannot be read"),
     "a row less": (lambda f: (f / ATTR).write_text((f / ATTR).read_text()[:-131]), f"all of them in {ATTR}"),
-    "no test images": (lambda f: (f / PARTITION).write_text("000001.jpg 0\n"), "expected training and test images"),
     "no images": (lambda f: [p.unlink() for p in (f / JPGS).iterdir()], "12 of 12 images cannot be used: 000001.jpg ("),
-    "damaged": (
-        lambda f: [os.truncate(p, 999) for p in (f / JPGS).glob("*[3-6].jpg")],
-        "4 of 12 images cannot be used",
-    ),
     "wild": (lambda f: Image.new("RGB", (9, 7)).save(f / JPGS / "000009.jpg"), "000009.jpg (RGB, (9, 7) pixels; exp"),
 }
 
@@ -556,9 +549,7 @@ def unusable(f: Path) -> None:
 
 
 FOLDER_MISTAKES = {  # what is changed, what is asked for, what is said
-    "nothing named": (lambda f: None, "folder:", "nothing is not a folder; expected folder:<"),
-    "no such user": (lambda f: None, "folder:~nosuch/x", "~nosuch/x is not a folder"),
-    "a file": (lambda f: (f / "x").write_text(""), "folder:{}/x", "x is not a folder"),
+    "no such user": (lambda f: None, "folder:~nosuch/x", "~nosuch/x is not a folder; expected folder:<"),
     "images only": (lambda f: None, "folder:{}/a", "expected class folders of 2 or more .jpg, .png …; too few: none"),
     "one image": (lambda f: write_images(f / "c", 1), "folder:{}", "too few: c"),
     "unusable": (unusable, "folder:{}", "4 of 11 images cannot be used: a/z.png (I;16, (9, 9) pixels; expected 8 bits"),

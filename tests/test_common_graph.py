@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import data, graph, run
-from tests.conftest import run_command
+from tests.conftest import call, run_command
 
 LOOPS = [  # program, flags (one epoch, if they do not say), how many recordings a run makes
     ("segma.train", ["digits", "--batch-unlabelled", "10", "--n-labels", "20"], 1),
@@ -36,18 +36,13 @@ STEPS = 6  # of an epoch; four images more are left, which two of the loops take
 def trained(program: str, flags: list[str], folder, wanted: bool) -> dict:
     """The checkpoint of a run on a few of the digits."""
     whole, n = data.load("digits", folder), 10 * STEPS + 4
-    few = replace(
-        whole,
-        train_images=whole.train_images[:n],
-        train_labels=torch.arange(n) % 10,
-        test_images=whole.test_images[:20],
-        test_labels=whole.test_labels[:20],
-    )
+    few = {"train_images": whole.train_images[:n], "train_labels": torch.arange(n) % 10}
+    few |= {"test_images": whole.test_images[:20], "test_labels": whole.test_labels[:20]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module(f"{program.partition('.')[0]}.train"), "load", lambda *_: few)
-        graph_flag = ["--graph"] if wanted else []
-        where = ["--threads", "1", "--runs", str(folder)]
-        importlib.import_module(program).main(["--epochs", "1", *flags, *where, *graph_flag])
+        loop = importlib.import_module(f"{program.partition('.')[0]}.train")
+        patch.setattr(loop, "load", lambda *_: replace(whole, **few))
+        where = ["--threads", "1", "--runs", str(folder), *["--graph"] * wanted]
+        importlib.import_module(program).main(["--epochs", "1", *flags, *where])
     return run.load_checkpoint(next(folder.glob("*/*/*/checkpoint.pt")))
 
 
@@ -124,17 +119,9 @@ def test_a_kind_of_batch_is_recorded_once_it_came_often_enough_in_a_row(recordin
     assert recordings == [2, 1]
 
 
-def test_a_cpu_has_no_graphs(tmp_path):
-    code, out, err = run_command("gmgan.train", "toy", "--graph", "--device", "cpu", "--runs", tmp_path)
-    assert (code, out) == (
-        2,
-        "",
-    ) and err == "error: --graph: it replays CUDA graphs, and the device is cpu. Leave it out\n"
-    assert not any(tmp_path.iterdir())
-
-
-def test_without_the_option_the_step_is_left_alone():
-    def step(batch):
-        return {}
-
-    assert graph.replayed(step, [], False) is step
+def test_a_cpu_has_no_graphs_and_without_the_option_the_step_is_left_alone(tmp_path, capsys):
+    flags = ["toy", "--graph", "--device", "cpu", "--runs", tmp_path]
+    code, out, err = call(importlib.import_module("gmgan.train").main, *flags, capsys=capsys)
+    said = "error: --graph: it replays CUDA graphs, and the device is cpu. Leave it out\n"
+    assert (code, out, err) == (2, "", said) and not any(tmp_path.iterdir())
+    assert graph.replayed(trained, [], False) is trained

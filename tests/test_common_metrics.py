@@ -100,6 +100,10 @@ def test_features_are_torch_fidelitys_and_grey_is_repeated(weights, monkeypatch,
         expected = network(grey.repeat(1, 3, 1, 1))[0]
     assert found.shape == (3, 2048)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    both = inception.extractor(path, torch.device("cpu"), str(inception.FEATURES), inception.LOGITS)
+    pooled, logits = inception.outputs(both, grey)
+    assert logits.shape == (3, 1008)  # of the Inception Score: without the last layer's bias
+    torch.testing.assert_close(logits, pooled @ both.fc.weight.T, rtol=1e-4, atol=1e-5)
 
 
 def test_moments_are_computed_once_per_key_and_again_when_damaged(monkeypatch, tmp_path):

@@ -29,25 +29,24 @@ class Small:
     flag: bool = False
 
 
-@pytest.mark.parametrize(
-    ("values", "complaint"),
-    [
-        ({"sise": 3}, "unknown key 'sise'; did you mean size?"),
-        ({"size": 0}, "size: 0 is out of range; allowed: >= 1"),
-        ({"size": 2.5}, "size: expected int, found 2.5"),
-        ({"size": True}, "size: expected int, found True"),
-        ({"rate": 0.0}, "rate: 0.0 is out of range; allowed: > 0"),
-        ({"rate": "fast"}, "rate: expected float, found 'fast'"),
-        ({"rate": float("nan")}, "rate: expected float, found nan"),
-        ({"rate": float("inf")}, "rate: inf is out of range; allowed: > 0"),
-        ({"weight": -1.0}, "weight: -1.0 is out of range"),
-        ({"kind": "c"}, "kind: 'c' is not one of a, b"),
-        ({"kind": 3}, "kind: 3 is not one of a, b"),
-        ({"clip": [1]}, "clip: expected float, found [1]"),
-        ({"flag": "yes"}, "flag: expected true or false, found 'yes'"),
-        ({"rate": None}, "rate: expected float, found None"),
-    ],
-)
+WRONG = [
+    ({"sise": 3}, "unknown key 'sise'; did you mean size?"),
+    ({"size": 0}, "size: 0 is out of range; allowed: >= 1"),
+    ({"size": 2.5}, "size: expected int, found 2.5"),
+    ({"size": True}, "size: expected int, found True"),
+    ({"rate": 0.0}, "rate: 0.0 is out of range; allowed: > 0"),
+    ({"rate": "fast"}, "rate: expected float, found 'fast'"),
+    ({"rate": float("nan")}, "rate: expected float, found nan"),
+    ({"rate": float("inf")}, "rate: inf is out of range; allowed: > 0"),
+    ({"weight": -1.0}, "weight: -1.0 is out of range"),
+    ({"kind": 3}, "kind: 3 is not one of a, b"),
+    ({"clip": [1]}, "clip: expected float, found [1]"),
+    ({"flag": "yes"}, "flag: expected true or false, found 'yes'"),
+    ({"rate": None}, "rate: expected float, found None"),
+]
+
+
+@pytest.mark.parametrize(("values", "complaint"), WRONG)
 def test_wrong_values_are_refused_with_what_is_allowed(values, complaint):
     with pytest.raises(UserError) as error:
         run.make_config(Small, values, "x.yaml")
@@ -59,17 +58,12 @@ def test_right_values_are_taken():
     assert config == Small(7, 1.0, 0.0, "b", 2.0, True) and type(config.rate) is float
     assert run.make_config(Small, {"rate": "3e-4"}, "").rate == 3e-4  # YAML reads it as text
     assert run.make_config(Small, {"clip": None}, "").clip is None
+    words = {"size": "12", "clip": "none", "flag": "true"}  # as flags give them
+    assert run.make_config(Small, words, "") == Small(12, clip=None, flag=True)
 
 
 NOT_CONFIGS = [
-    "- 1\n- 2\n",
-    "a: [1\n",
-    "",
-    "text",
-    "!!python/object/apply:os.system ['touch never']",
-    "\x00",
-    "a: &x [*x]",
-    "a:\n\tb",
+    *("- 1\n- 2\n", "a: [1\n", "", "!!python/object/apply:os.system ['touch never']", "\x00", "a: &x [*x]", "a:\n\tb"),
     "size: 3\nrate: 0.1\nsize: 4\n",  # YAML takes the last
     "size: 010\n",  # YAML reads 8
 ]
@@ -84,21 +78,7 @@ def test_yaml_that_is_not_a_config(tmp_path, content):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_flags_are_read_as_their_fields_types():
-    hints = typing.get_type_hints(Small, include_extras=True)
-    assert run.check_value("rate", "3e-4", hints["rate"]) == 3e-4
-    assert run.check_value("size", "12", hints["size"]) == 12
-    assert run.check_value("clip", "none", hints["clip"]) is None
-    assert run.check_value("flag", "true", hints["flag"]) is True
-    wrong = [("size", "2.5"), ("size", "x"), ("rate", "fast"), ("rate", "nan"), ("flag", "1"), ("kind", "z")]
-    for name, text in [*wrong, ("size", "-1")]:
-        with pytest.raises(UserError, match=f"^--{name}: "):
-            run.check_value(f"--{name}", text, hints[name])
-
-
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("*/configs/*.yaml")), ids=lambda p: f"{p.parent.parent.name}-{p.stem}"
-)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*/configs/*.yaml")), ids=lambda p: f"{p.parts[-3]}-{p.stem}")
 def test_every_config_is_complete_and_every_value_has_a_source(path):
     values = run.read_yaml(path)
     config = run.experiment_config(path.parent.parent.name, path.stem)
@@ -134,37 +114,12 @@ def test_a_checkpoint_comes_back_and_plain_torch_load_opens_it(tmp_path):
     assert run.load_checkpoint(path) is None
     for state in states():
         run.save_checkpoint(path, state)
-    assert run.load_checkpoint(path)["step"] == 2
+    assert run.load_checkpoint(path)["step"] == 2 and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
     assert torch.equal(torch.load(path, weights_only=True)["weights"], torch.full((500,), 2.0))
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
-
-
-def test_any_flipped_byte_or_cut_is_refused_or_harmless(tmp_path):
-    """A zip file has bytes that nobody reads. A bit flipped there may pass, but then the state is the same."""
-    path = tmp_path / "checkpoint.pt"
-    run.save_checkpoint(path, states()[1])
-    content = path.read_bytes()
-    positions = torch.randint(len(content), (150,), generator=torch.Generator().manual_seed(0)).tolist()
-    damaged = [content[:p] + bytes([content[p] ^ 1]) + content[p + 1 :] for p in [*positions, 0, len(content) - 1]]
-    damaged += [content[:p] for p in (0, 1, 63, 64, 65, len(content) // 2, len(content) - 1)]
-    refused = 0
-    for broken in damaged:
-        path.write_bytes(broken)
-        try:
-            state = run.load_checkpoint(path)
-        except UserError as error:
-            assert "damaged" in str(error) and "\n" not in str(error)
-            refused += 1
-        else:
-            assert state["step"] == 1 and torch.equal(state["weights"], torch.full((500,), 1.0))
-            assert state["names"] == ["a", None, 1.5]
-    assert refused > 0.7 * len(damaged)
-
-
-def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(tmp_path):
-    (tmp_path / "checkpoint.pt").mkdir()
-    with pytest.raises(UserError, match="checkpoint.pt: cannot be read"):
-        run.load_checkpoint(tmp_path / "checkpoint.pt")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="checkpoint.pt: cannot be read"):  # and not: damaged
+        run.load_checkpoint(path)
 
 
 def test_a_checkpoint_that_carries_code_does_not_run_it(tmp_path):
@@ -253,14 +208,18 @@ def test_the_log_has_the_first_epoch_at_once_and_is_never_behind_a_checkpoint(tm
             logged.append(epochs_logged())
         assert logged == [1, 1, 1, 4, 4]
         r.save()
-        assert epochs_logged() == 5
-
-
-def test_a_second_process_on_the_folder_is_refused(tmp_path):
-    with open_run(tmp_path), pytest.raises(UserError, match="another process trains this run"), open_run(tmp_path):
-        pass
-    with open_run(tmp_path):
-        pass  # free again
+        assert epochs_logged() == 5 and [row["seconds"] for row in r.rows] == pytest.approx([0.1, 0.1, 0.1, 5.1, 0.1])
+    clock[0] += 100  # between the sessions; each epoch's mean is over its steps
+    with open_run(tmp_path, config=Config(epochs=9)) as r:
+        r.resume(*one_layer(), 2)
+        for loss in (1.0, 4.0):
+            clock[0] += 1
+            r.after_step({"loss": torch.tensor(loss)})
+        r.after_epoch()
+        r.finish()
+        state = run.load_checkpoint(r.path)
+    assert state["seconds"] == pytest.approx(7.5)
+    assert state["rows"][-1] == {"epoch": 6, "loss": 2.5, "seconds": pytest.approx(2)}
 
 
 def test_a_folder_made_otherwise_is_refused_with_the_difference(tmp_path):
@@ -318,12 +277,7 @@ def test_a_field_added_later_leaves_old_runs_as_they_were(tmp_path):
 
 @pytest.mark.parametrize(
     ("dirty", "official", "said"),
-    [
-        (False, True, ""),
-        (True, True, "has changes"),
-        (None, True, "git does not say"),
-        (False, False, "not the official"),
-    ],
+    [(False, True, ""), (True, True, "has changes"), (None, True, "git does not"), (False, False, "not the official")],
 )
 def test_a_run_that_can_become_no_reference_says_so_at_its_start(tmp_path, monkeypatch, capsys, dirty, official, said):
     monkeypatch.setattr(run, "git_state", lambda: ("a" if dirty is not None else None, dirty))

@@ -713,7 +713,7 @@ def test_the_command_line(tmp_path):
     short = ["--epochs", "2", "--batch", "8", "--dataset", f"folder:{tmp_path / 'own'}", "--n-components", "null"]
     code, out, err = run_command("gan_responsibility.train", *where, *short)
     assert code == 0 and "trained 2 epochs" in out, err
-    code, out, err = run_command("gan_responsibility.eval", *where)
+    code, out, err = run_command("gan_responsibility.eval", *where, *short)
     assert code == 0 and "alpha_entropy" in out and "parameter_count_as_counted" in out, err
     code, out, err = run_command("gan_responsibility.gan", "flowers10-gm-gan", *where[1:], *short)
     assert code == 0 and "trained 2 epochs" in out, err

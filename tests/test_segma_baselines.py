@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from segma import adgm, load, m1m2, train
 from segma.eval import evaluate
 from segma.model import transfer_style
 from segma.train import Batch
+from tests.conftest import slope
 from tests.test_segma import layer_shapes
 
 M1_SIZES = {"m1_latent_dim": 2, "m1_hidden_dim": 5, "m1_hidden_layers": 1, "m1_epochs": 1}
@@ -46,6 +48,10 @@ def gaussian(output):
     return Independent(Normal(mean, (log_variance / 2).exp()), 1)
 
 
+def standard(like: torch.Tensor) -> Independent:
+    return Independent(Normal(torch.zeros_like(like), 1.0), 1)
+
+
 def noise(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -62,26 +68,15 @@ def batch_of(n: int, m: int, seed: int = 0, m1_alone: bool = False) -> Batch:
 def test_densities_are_those_of_torch_distributions():
     g = noise()
     mean, log_variance, x = torch.randn(3, 6, 4, generator=g, dtype=torch.float64)
-    q, standard = gaussian((mean, log_variance)), Independent(Normal(torch.zeros_like(mean), 1.0), 1)
+    q = gaussian((mean, log_variance))
     torch.testing.assert_close(m1m2.log_normal(x, mean, log_variance), q.log_prob(x))
-    torch.testing.assert_close(m1m2.kl_from_standard(mean, log_variance), kl_divergence(q, standard))
+    torch.testing.assert_close(m1m2.kl_from_standard(mean, log_variance), kl_divergence(q, standard(mean)))
     bits = torch.bernoulli(torch.full_like(x, 0.5), generator=g)
-    torch.testing.assert_close(
-        m1m2.log_likelihood(bits, x, "bernoulli"), Independent(Bernoulli(logits=x), 1).log_prob(bits)
-    )
-    torch.testing.assert_close(
-        m1m2.log_likelihood(bits, x, "gaussian"), Independent(Normal(x.sigmoid(), 1.0), 1).log_prob(bits)
-    )
+    for name, density in (("bernoulli", Bernoulli(logits=x)), ("gaussian", Normal(x.sigmoid(), 1.0))):
+        torch.testing.assert_close(m1m2.log_likelihood(bits, x, name), Independent(density, 1).log_prob(bits))
     drawn = m1m2.draw(mean.expand(20000, -1, -1), log_variance.expand(20000, -1, -1), noise())
     torch.testing.assert_close(drawn.mean(0), mean, atol=0.1, rtol=0)
     torch.testing.assert_close(drawn.var(0).log(), log_variance, atol=0.1, rtol=0)
-
-
-@pytest.mark.parametrize("module", [m1m2, adgm])
-def test_the_open_repositorys_variances_are_at_least_one(module):
-    config = module.Config(posterior_variance="at_least_one")
-    raw = torch.linspace(-50, 50, 101)
-    assert m1m2.spread(raw, config).min() >= 0 and m1m2.spread(raw, module.Config()).min() == -50
 
 
 # ---------------------------------------------------------------------------------------------------------------- M1+M2
@@ -101,7 +96,7 @@ def test_m1_bound_lies_below_the_log_likelihood_by_the_kl():
     by_prior = log_p(z).logsumexp(0).item() - math.log(len(z))
     q = gaussian(system.q_z1(system.features(x)))
     z = q.sample((400_000,))[:, 0]
-    log_w = log_p(z) + Independent(Normal(torch.zeros_like(z), 1.0), 1).log_prob(z) - q.log_prob(z[:, None]).squeeze()
+    log_w = log_p(z) + standard(z).log_prob(z) - q.log_prob(z[:, None]).squeeze()
     assert log_w.logsumexp(0).item() - math.log(len(z)) == pytest.approx(by_prior, abs=0.01)
     assert log_w.mean().item() == pytest.approx(bound, abs=0.02)
     assert bound < by_prior - 0.05
@@ -134,9 +129,7 @@ def test_m2_sums_over_every_class(monkeypatch):
             y = torch.eye(3, dtype=torch.float64)[k]
             mean, log_variance = system.q_z2(z1[i], y)
             one = gaussian(system.p_z1(mean, y)).log_prob(z1[i]) - math.log(3)
-            one = one - kl_divergence(
-                gaussian((mean, log_variance)), Independent(Normal(torch.zeros_like(mean), 1.0), 1)
-            )
+            one = one - kl_divergence(gaussian((mean, log_variance)), standard(mean))
             explicit = explicit + q[i, k] * one
         assert found[i].item() == pytest.approx(explicit.item(), rel=1e-9)
 
@@ -202,7 +195,7 @@ def test_adgm_bound_lies_below_the_log_likelihood():
         z = q_z.sample()
         log_w = (
             Independent(Bernoulli(logits=system.p_x(z, y)), 1).log_prob(x.flatten())
-            + Independent(Normal(torch.zeros_like(z), 1.0), 1).log_prob(z)
+            + standard(z).log_prob(z)
             - math.log(3)
             + gaussian(system.p_a(h, z, y)).log_prob(a)
             - q_a.log_prob(a[:, None]).squeeze()
@@ -212,37 +205,6 @@ def test_adgm_bound_lies_below_the_log_likelihood():
         bound = adgm_bound(system, x, y, 100_000)
         assert bound == pytest.approx(log_w.mean().item(), abs=0.05)
         assert bound < log_p - 0.05
-
-
-def test_adgm_sums_over_every_class(monkeypatch):
-    system = small(adgm, labelled_weight=0.7, label_weight=2.0)
-    for module in (m1m2, adgm):
-        monkeypatch.setattr(module, "draw", lambda mean, log_variance, noise: mean)
-    batch = batch_of(5, 4)
-    terms = system.loss(batch)
-
-    def bound(x, k: int):
-        y, h = torch.eye(3, dtype=torch.float64)[[k]], system.features(x[None])
-        a, a_log_variance = system.q_a(h)
-        z, z_log_variance = system.q_z(h, a, y)
-        standard = Independent(Normal(torch.zeros_like(z), 1.0), 1)
-        value = Independent(Bernoulli(logits=system.p_x(z, y)), 1).log_prob(x.flatten()) - math.log(3)
-        value = value + gaussian(system.p_a(h, z, y)).log_prob(a) - gaussian((a, a_log_variance)).log_prob(a)
-        return (value - kl_divergence(gaussian((z, z_log_variance)), standard)).squeeze(), system.q_y(h, a)[0]
-
-    unlabelled = []
-    for x in batch.unlabelled:
-        q = bound(x, 0)[1].softmax(0)
-        unlabelled.append(Categorical(q).entropy() + sum(q[k] * bound(x, k)[0] for k in range(3)))
-    labelled = [bound(x, int(k)) for x, k in zip(batch.labelled, batch.labels, strict=True)]
-    log_q = torch.stack([logits.log_softmax(0)[k] for (_, logits), k in zip(labelled, batch.labels, strict=True)])
-    assert terms["unlabelled_bound"].item() == pytest.approx(torch.stack(unlabelled).mean().item(), rel=1e-9)
-    assert terms["labelled_bound"].item() == pytest.approx(
-        torch.stack([v for v, _ in labelled]).mean().item(), rel=1e-9
-    )
-    assert terms["cross_entropy"].item() == pytest.approx(-log_q.mean().item(), rel=1e-9)
-    whole = -terms["unlabelled_bound"] - 0.7 * terms["labelled_bound"] + 2.0 * terms["cross_entropy"]
-    assert terms["loss"].item() == pytest.approx(whole.item(), rel=1e-12)
 
 
 def test_joined_inputs_are_one_layer_on_the_concatenation():
@@ -384,11 +346,61 @@ def test_every_experiment_trains_two_steps_and_evaluates(experiment, tmp_path, m
     assert ("closed_form" in pictures) == (not experiment.endswith(("adgm", "m1m2")))
 
 
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+@pytest.mark.parametrize("module", [train, m1m2, adgm])
+def test_each_epoch_has_its_own_order_and_each_step_its_own_noise(module, tmp_path, monkeypatch):
+    """What the steps of two epochs were given, for two seeds. The first pixel of an image is its number."""
+    n, phases = 37, {"epochs": 2, "m1_epochs": 1} if module is m1m2 else {"epochs": 2}
+    images = torch.full((n, 1, 28, 28), 255, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(n)
+    labels = torch.tensor([0, 0, 0, 1, 1, 2]).repeat(7)[:n]
+    data = Dataset("digits", images, labels, images[:5], labels[:5], ("a", "b", "c"), "0" * 16, False)
+    monkeypatch.setattr(train, "load", lambda *a: data)
+    config = module.Config(
+        "digits", 3, n_labels=8, batch_unlabelled=10, batch_labelled=6, hidden_dim=4, learning_rate=0.02, **phases
+    )
+    runs = []
+    for seed in (0, 2):
+        seen, first = [], []
+
+        def step(model, optimizer, batch, precision, seen=seen, first=first):
+            first += [] if first else [{name: x.clone() for name, x in model.state_dict().items()}]
+            (group,) = optimizer.param_groups
+            assert type(optimizer) is torch.optim.Adam and (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
+            assert (group["lr"], group["weight_decay"]) == (0.02, 0) and {*group["params"]} == {*model.parameters()}
+            assert batch.unlabelled[:, 0, 1:].unique().item() == batch.labelled[:, 0, 1:].unique().item() == 1
+            drawn, known = ((255 * x[:, 0, 0, 0]).round().long() for x in (batch.unlabelled, batch.labelled))
+            assert torch.equal(batch.labels, labels[known])
+            draws = torch.randn(3, generator=batch.noise).tolist()
+            seen.append((drawn.tolist(), known.tolist(), batch.m1_alone, draws))
+            return {"loss": torch.zeros(())}
+
+        train.train(config, run.Options("digits", seed=seed, runs=tmp_path), step)
+        drawn, known, m1_alone, noises = zip(*seen, strict=True)
+        orders = [sum(drawn[i : i + 3], []) for i in (0, 3)]  # of 37 images 7 are left over
+        cycles = [sum(known[i : i + 3], []) for i in (0, 3)]  # three times six of the eight labelled images
+        assert len(seen) == 6 and all(len({*order}) == 30 for order in orders) and orders[0] != orders[1]
+        assert {*orders[0]} != {*orders[1]} and {*orders[0], *orders[1]} > {*cycles[0]}  # the labelled ones, too
+        for cycle in cycles:
+            assert {*cycle[:8]} == {*cycles[0]} and len({*cycle}) == 8 and cycle[8:] == (cycle[:8] * 2)[:10]
+        assert cycles[0] != cycles[1] and len({*map(tuple, noises)}) == 6
+        assert m1_alone == (((True,) if module is m1m2 else (False,)) * 3 + (False,) * 3)
+        if module is train:  # Sec. V: the proportions of the known labels, not of all
+            proportions = labels[cycles[0][:8]].bincount(minlength=3) / 8
+            assert torch.equal(first[0].pop("mixture.priors"), proportions)
+            assert not torch.allclose(proportions, labels.bincount() / n, atol=0.02)
+        weights = sum(x.double().sum().item() for x in first[0].values())
+        runs.append((orders[0], sorted({*cycles[0]}), noises[0], weights))
+    assert all(a != b for a, b in zip(*runs, strict=True))
+
+
 # ----------------------------------------------------------------------------------- gradients, switches, interruptions
 
 
 def by_hand(system, batch: Batch):
-    """ADGM's objective on one batch, image by image and class by class, from the same stream of noise as `loss`."""
+    """What `loss` returns, image by image and class by class, from the same stream of noise."""
     config, g = system.config, batch.noise
     images = torch.cat([batch.unlabelled, batch.labelled])
     if config.binarise:
@@ -410,15 +422,15 @@ def by_hand(system, batch: Batch):
         value = Independent(Bernoulli(logits=system.p_x(z, y)), 1).log_prob(h[[i]]) - math.log(k)
         value = value + gaussian((p_mean, floor(p_log_variance))).log_prob(a[[i]])
         value = value - gaussian((a_mean[[i]], a_log_variance[[i]])).log_prob(a[[i]])
-        standard = Independent(Normal(torch.zeros_like(mean), 1.0), 1)
-        return (value - kl_divergence(gaussian((mean, log_variance)), standard)).squeeze()
+        return (value - kl_divergence(gaussian((mean, log_variance)), standard(mean))).squeeze()
 
     log_q = system.q_y(h, a).log_softmax(1)
     unlabelled = [sum(log_q[i, c].exp() * (bound(i, c, eps_u[i, c]) - log_q[i, c]) for c in range(k)) for i in range(n)]
     labelled = torch.stack([bound(n + i, int(c), eps_l[i]) for i, c in enumerate(batch.labels)]).mean()
     cross_entropy = -torch.stack([log_q[n + i, c] for i, c in enumerate(batch.labels)]).mean()
-    bounds = torch.stack(unlabelled).mean() + config.labelled_weight * labelled
-    return config.label_weight * cross_entropy - bounds
+    unlabelled = torch.stack(unlabelled).mean()
+    loss = config.label_weight * cross_entropy - unlabelled - config.labelled_weight * labelled
+    return {"loss": loss, "unlabelled_bound": unlabelled, "labelled_bound": labelled, "cross_entropy": cross_entropy}
 
 
 @pytest.mark.parametrize("switches", [{}, {"posterior_variance": "at_least_one"}, {"binarise": True}], ids=str)
@@ -427,10 +439,11 @@ def test_adgm_loss_and_gradients_are_those_of_the_objective_written_out(switches
     batch = batch_of(4, 3)
     batch = batch._replace(unlabelled=(0.2 + 0.6 * batch.unlabelled) if switches.get("binarise") else batch.unlabelled)
     parameters = list(system.parameters())
-    found = system.loss(batch._replace(noise=noise(7)))["loss"]
-    expected = by_hand(system, batch._replace(noise=noise(7)))
-    assert found.item() == pytest.approx(expected.item(), rel=1e-10)
-    gradients = [torch.autograd.grad(value, parameters) for value in (found, expected)]
+    found, expected = (of(batch._replace(noise=noise(7))) for of in (system.loss, partial(by_hand, system)))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-10), name
+    gradients = [torch.autograd.grad(terms["loss"], parameters) for terms in (found, expected)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
         assert a.abs().max() > 0
@@ -441,28 +454,17 @@ def test_gradients_of_the_baselines_by_finite_differences(module):
     system = small(module, grad_clip_norm=None, grad_clip_value=None, labelled_weight=0.7)
     parameters = list(system.parameters())
     for m1_alone in (True, False):  # M1, then M2; ADGM has one phase
-        batch = batch_of(4, 3, m1_alone=m1_alone)
-        optimizer = torch.optim.SGD(parameters, lr=0.0)
+        batch, optimizer = batch_of(4, 3, m1_alone=m1_alone), torch.optim.SGD(parameters, lr=0.0)
+        module.train_step(system, optimizer, batch._replace(noise=noise(5)))
+        gradients = [(p, p.grad.clone()) for p in parameters if p.grad is not None]
 
-        def loss(batch=batch, optimizer=optimizer) -> float:
-            return module.train_step(system, optimizer, batch._replace(noise=noise(5)))["loss"].item()
+        def loss(batch=batch, optimizer=optimizer) -> torch.Tensor:
+            return module.train_step(system, optimizer, batch._replace(noise=noise(5)))["loss"]
 
-        loss()
-        gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
-        checked = 0
-        for p, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None:
-                continue
-            index, flat = p.numel() // 2, p.data.view(-1)
-            value, step = flat[index].item(), 1e-5
-            flat[index] = value + step
-            up = loss()
-            flat[index] = value - step
-            down = loss()
-            flat[index] = value
-            assert gradient.view(-1)[index].item() == pytest.approx((up - down) / (2 * step), rel=1e-4, abs=1e-6)
-            checked += 1
-        assert checked >= 8
+        for p, gradient in gradients:
+            numerical = slope(loss, p, p.numel() // 2)
+            assert gradient.view(-1)[p.numel() // 2].item() == pytest.approx(numerical, rel=1e-4, abs=1e-6)
+        assert len(gradients) >= 8
 
 
 def test_m2_is_fed_samples_of_m1s_codes():
@@ -484,6 +486,14 @@ def test_switches_of_m1m2():
     x = torch.full((2000, 1, 2, 2), 0.3, dtype=torch.float64)
     pixels = m1m2.as_data(x, dataclasses.replace(system.config, binarise=True), noise())
     assert set(pixels.unique().tolist()) == {0.0, 1.0} and pixels.mean().item() == pytest.approx(0.3, abs=0.02)
+    seen, grey = [], batch_of(6, 4)
+    grey = grey._replace(unlabelled=0.3 + 0 * grey.unlabelled, labelled=0.6 + 0 * grey.labelled)
+    black_or_white = small(m1m2, binarise=True)
+    black_or_white.features.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].unique().tolist()))
+    optimizer = torch.optim.SGD(black_or_white.parameters(), lr=0.0)
+    for m1_alone in (True, False):
+        m1m2.train_step(black_or_white, optimizer, grey._replace(m1_alone=m1_alone))
+    assert seen == [[0, 1], [0, 1]]
     with torch.no_grad():
         for p in system.q_z1.parameters():
             p.zero_()
@@ -539,14 +549,6 @@ def test_a_short_run_of_each_baseline_reaches_what_it_reached(tmp_path):
             course = [row[name] for row in rows if name in row]
             assert course[-1] == pytest.approx(value, abs=tolerance) and course[-1] > course[0] + 10, name
         assert type(load(folder)) is type(config.build())
-
-
-def test_a_baseline_is_a_command_of_its_own(tmp_path):
-    flags = ["--hidden-dim", "8", "--epochs", "1", "--runs", str(tmp_path)]
-    adgm.main(["digits", *flags])  # short for digits-adgm
-    assert (tmp_path / "segma/digits-adgm/seed0/checkpoint.pt").exists()
-    with pytest.raises(run.UserError, match="python -m segma.m1m2"):
-        adgm.main(["digits-m1m2", *flags])
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
