@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -888,8 +889,9 @@ def test_the_command_line(tmp_path):
     assert run_command("gmgan.eval", *where)[0] == 0
     metrics = json.loads((tmp_path / "gmgan/toy/seed0-learning-rate-0.001/eval.json").read_text())["metrics"]
     assert metrics["divergence"] < 2.5 and metrics["covered_modes"] >= 4, metrics
-    code, out, err = run_command("common.diff", "show", "gmgan", "--experiment", "toy", "--runs", tmp_path)
-    assert code == 0 and "another config (learning_rate 0.001)" in " ".join(out.split()), err
+    show, wide = ("common.diff", "show", "gmgan", "--experiment", "toy", "--runs", tmp_path), {"COLUMNS": "400"}
+    code, out, err = run_command(*show, env=os.environ | wide)
+    assert code == 0 and "KL divergence" in out and "another config (learning_rate 0.001)" in out, err
 
 
 MISTAKES = [
