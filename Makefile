@@ -44,7 +44,8 @@ READY := .venv/ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test torture lint diff results pending farm clean bench $(TARGETS) $(SEEDED) $(PAPERS)
+COMMON := help setup test torture lint diff results pending farm clean bench
+.PHONY: $(COMMON) $(TARGETS) $(SEEDED) $(PAPERS)
 
 help:
 	@echo "Train, evaluate and diff (what it takes: SEEDS=\"0 1 2\" DATA=folder DEVICE=cpu|cuda EPOCHS=n PRECISION=fp32|bf16 RUNS=folder THREADS=n INCEPTION=file UNOFFICIAL=1 DATASET=folder:path FLAGS=\"--any-field value\"):"
@@ -126,7 +127,7 @@ farm: $(READY)
 	  "$(PYTHON)" -m common.farm --engine $(ENGINE) --jobs $(JOBS) --time $(TIME) --runs "$(RUNS)" $(if $(STATUS),--status)
 
 .DEFAULT:
-	@near="$$($(NEAREST) '$@' help setup test torture bench lint diff results pending farm clean $(TARGETS) $(PAPERS) $(BENCHES))"; \
+	@near="$$($(NEAREST) '$@' $(COMMON) $(TARGETS) $(PAPERS) $(BENCHES))"; \
 	echo "error: there is no target $@$${near:+; did you mean $$near?} (make alone lists all)" >&2; exit 2
 
 clean:

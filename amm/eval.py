@@ -50,7 +50,8 @@ def evaluate(options: run.Options) -> dict:
         print(f"{data.name} has one class: what needs labels is left out")
     result = run.record(config, state, metrics, device)
     run.write_json(folder / "eval.json", result)
-    plots.save_course(state["rows"], folder / "figures" / "training.png")
+    title = f"{options.experiment}, seed {seed}"
+    plots.save_course(state["rows"], folder / "figures" / "training.png", (), title)
     figures(model, data, folder / "figures", seed)
     return result
 

@@ -13,13 +13,12 @@ from tqdm import tqdm
 
 from common.data import Dataset
 from common.metrics import error_rate
-from common.run import UserError, generator, load_checkpoint, locked, save_checkpoint
+from common.run import SILENT, UserError, generator, load_checkpoint, locked, save_checkpoint
 
 RECIPE = "3"  # names the cached files: raise it when the network or its training changes
 FEATURES = 128
 BATCH = 128
 EPOCHS = 10
-SILENT = 20.0  # seconds without a sign of life, at most
 LEAST_STEPS, MOST_STEPS = 1000, 5000  # 10 epochs of the digits are 110 steps, too few; of CelebA 14,000, too many
 
 

@@ -283,17 +283,23 @@ def course(paper: str, path: Path) -> tuple[str, dict[int, float]]:
     return metric, {int(row["epoch"]): float(row[metric]) for row in rows if metric and row[metric]}
 
 
+def read_curves(path: Path) -> dict[int, dict[str, float]]:
+    """results/<experiment>.csv by epoch: the main metric of each seed that has it. Nothing where there is no file."""
+    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
+    return {int(row.pop("epoch")): {seed: float(value) for seed, value in row.items() if value} for row in rows}
+
+
 def midway(paper: str, runs: Path, only: str | None) -> list[str]:
     """How far runs that are not evaluated yet are from the reference's learning curves, results/<experiment>.csv."""
     lines = []
     for log in sorted((runs / paper).glob("*/seed*/log.csv")):
-        curves, name = ROOT / paper / "results" / f"{log.parent.parent.name}.csv", log.parent.parent.name
-        metric, mine = course(paper, log)
-        if mine and only in (None, name) and curves.exists() and not log.with_name("eval.json").exists():
-            rows = csv.DictReader(curves.read_text(encoding="utf-8").splitlines())
-            theirs = {int(row.pop("epoch")): [float(value) for value in row.values() if value] for row in rows}
+        name = log.parent.parent.name
+        if only not in (None, name) or log.with_name("eval.json").exists():
+            continue
+        if theirs := read_curves(ROOT / paper / "results" / f"{name}.csv"):
+            metric, mine = course(paper, log)
             if epoch := max(mine.keys() & theirs.keys(), default=0):
-                ours = ", ".join(f"{value:.4g}" for value in theirs[epoch])
+                ours = ", ".join(f"{value:.4g}" for value in theirs[epoch].values())
                 lines.append(f"{name} {log.parent.name}, epoch {epoch}: {metric} {mine[epoch]:.4g}; reference: {ours}")
     return lines
 
@@ -301,16 +307,16 @@ def midway(paper: str, runs: Path, only: str | None) -> list[str]:
 def write_curves(paper: str, experiment: str, records: list[dict]) -> None:
     """results/<experiment>.csv: the main metric of the log by epoch, a column for each seed whose log is at hand."""
     path = ROOT / paper / "results" / f"{experiment}.csv"
-    old = csv.DictReader(path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
-    table = {int(row.pop("epoch")): row for row in old}
+    table = read_curves(path)
     for r in records:
         if (log := r["folder"] / "log.csv").exists():
             for epoch, value in course(paper, log)[1].items():
-                table.setdefault(epoch, {})[f"seed{r['seed']}"] = f"{value:.5g}"
+                table.setdefault(epoch, {})[f"seed{r['seed']}"] = value
     if table:
         seeds = sorted({seed for row in table.values() for seed in row}, key=lambda seed: int(seed[4:]))
         with run.atomic(path) as file:
-            lines = ([epoch, *(table[epoch].get(seed, "") for seed in seeds)] for epoch in sorted(table))
+            shown = {epoch: {seed: f"{value:.5g}" for seed, value in row.items()} for epoch, row in table.items()}
+            lines = ([epoch, *(shown[epoch].get(seed, "") for seed in seeds)] for epoch in sorted(shown))
             csv.writer(file, lineterminator="\n").writerows([["epoch", *seeds], *lines])
 
 

@@ -108,9 +108,25 @@ def named(name: str, several: Sequence) -> str:
     return f"{name} ({len(several)} seed{'s' * (len(several) > 1)})"
 
 
-def save_course(rows: Sequence[dict], path: Path, names: Sequence[str] = ()) -> None:
-    """The columns of a log against the epoch: those of `names` that there are, or all. rows: as in log.csv."""
-    columns = dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "seconds"))
-    points = {n: [(row["epoch"], row[n]) for row in rows if n in row] for n in columns if not names or n in names}
-    if points:  # before the first epoch has ended there are none
-        save_curves({name: tuple(zip(*several, strict=True)) for name, several in points.items()}, path, "epoch")
+def save_course(rows: Sequence[dict], path: Path, names: Sequence[str] = (), title: str = "") -> None:
+    """A panel for each column of a log against the epoch: those of `names` that there are, or all. rows: as in log.csv.
+
+    The axis is logarithmic where a column spans a decade. Before the first epoch has ended there is nothing to draw.
+    """
+    columns = names or dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "seconds"))
+    points = {name: [(row["epoch"], row[name]) for row in rows if name in row] for name in columns}
+    curves = {name: zip(*several, strict=True) for name, several in points.items() if several}
+    if not curves:
+        return
+    across = min(len(curves), 3)
+    down = -(-len(curves) // across)
+    figure, panels = subplots(down, across, figsize=(3.6 * across, 2.6 * down + 0.4), squeeze=False)
+    for axes in panels.flat[len(curves) :]:
+        axes.set_visible(False)
+    for axes, (name, (epochs, values)) in zip(panels.flat, curves.items(), strict=False):
+        axes.plot(epochs, values, linewidth=1, marker="." if len(epochs) < 40 else "")  # one epoch alone is a point
+        axes.set(xlabel="epoch", ylabel=name, yscale="log" if 0 < 10 * min(values) < max(values) else "linear")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=9)
+    save_figure(figure, path)

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = 5.0  # seconds between two lines where the screen is no terminal, and between two writings of log.csv
+SILENT = 20.0  # seconds without a line, at most, where the screen is no terminal
 SAMPLED = {1, 2, 5, 10, 20, 50, 100, 200, 300, 400, 500, 1000}  # epochs after which samples are drawn; and the last
 
 
@@ -249,7 +250,12 @@ class Options:
     def flags(self) -> list[str]:
         """What a command needs to find the run again."""
         given = {"seed": self.seed, "data": self.data, "runs": self.runs, **self.changes, **self.moved}
-        return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        return [word for name, value in given.items() for word in (flag_of(name), str(value))]
+
+
+def flag_of(name: str) -> str:
+    """n_labels -> --n-labels."""
+    return f"--{name.replace('_', '-')}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -279,16 +285,15 @@ def parse(program: str, cls: type | None, argv: list[str] | None = None) -> tupl
     parser = Parser(prog=f"python -m {program}", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("experiment", help=f"one of: {', '.join(names)}")
     group = parser.add_argument_group("fields of the config; default: the experiment's")
-    for f in [f for f in fields(Options) if f.metadata and (trains or f.name not in ("describe", "json"))]:
-        flag, text = f"--{f.name.replace('_', '-')}", f.metadata["help"]
-        check = partial(check_value, flag, annotation=f.type)
-        how = {"action": "store_true"} if f.type is bool else {"metavar": "VALUE", "type": check}
-        parser.add_argument(flag, help=text, **how)
+    own = [f for f in fields(Options) if f.metadata and (trains or f.name not in ("describe", "json"))]
     said = comments(cls) if cls else {}
-    for f in fields(cls) if cls else ():
-        flag = f"--{f.name.replace('_', '-')}"
-        check = partial(check_value, flag, annotation=f.type)
-        group.add_argument(flag, help=said.get(f.name), metavar="VALUE", type=check)
+    for f in [*own, *(fields(cls) if cls else ())]:
+        flag, text = flag_of(f.name), f.metadata.get("help")
+        if text and f.type is bool:
+            parser.add_argument(flag, help=text, action="store_true")
+        else:
+            where, check = parser if text else group, partial(check_value, flag, annotation=f.type)
+            where.add_argument(flag, help=text or said.get(f.name), metavar="VALUE", type=check)
     values = vars(parser.parse_all(argv))
     asked = values["experiment"]
     if trains and f"{asked}-{module}" in names:  # python -m segma.m1m2 mnist
@@ -297,7 +302,8 @@ def parse(program: str, cls: type | None, argv: list[str] | None = None) -> tupl
         check_experiment(paper, asked)
         raise UserError(f"{asked} is trained by python -m {paper}.{module_of(paper, asked)}, not by {program}")
     options = Options(**{f.name: values.pop(f.name) for f in fields(Options) if f.name in values})
-    config, standing = (experiment_config(paper, options.experiment, given) for given in (values, {}))
+    standing = experiment_config(paper, options.experiment)
+    config = make_config(type(standing), asdict(standing) | values, f"{paper} {options.experiment}")
     changes = {name: value for name, value in values.items() if differs(name, value, getattr(standing, name))}
     moved = {name: value for name, value in values.items() if name == "dataset" and ":" in value}
     return config, replace(options, changes=changes, moved=moved)
@@ -568,7 +574,11 @@ class Run:
         self.bar.update()
         first = ~torch.isfinite(values).all() & (self.first_bad < 0)
         self.first_bad = torch.where(first, self.total_steps, self.first_bad)
-        if self.signal or time.monotonic() - self.saved_at > self.options.save_every:
+        now = time.monotonic()
+        if self.bar.disable and now - max(self.printed_at, self.epoch_started) > SILENT:
+            print(f"{self._position(self.epoch + 1)}, step {self.step}/{self.steps}", flush=True)
+            self.printed_at = now
+        if self.signal or now - self.saved_at > self.options.save_every:
             self.save()
         elif self.step == self.steps:  # before the epoch is evaluated
             self._check_finite()
@@ -585,11 +595,14 @@ class Run:
         if self.epoch == 1 or now - self.logged_at > QUIET:
             self._write_log()
         shown = "  ".join(f"{name} {value:.4g}" for name, value in {**more, **row}.items())
-        position = f"{self.identity['experiment']} {self.folder.name}  epoch {self.epoch}/{self.config.epochs}"
+        position = self._position(self.epoch)
         self.bar.set_description_str(f"{position}  {shown}"[: max(40, shutil.get_terminal_size().columns - 30)], False)
         if self.epoch in (1, self.config.epochs) or now - self.printed_at > QUIET * (1 if self.bar.disable else 6):
             tqdm.write(f"{position}  {shown}")
             self.printed_at = now
+
+    def _position(self, epoch: int) -> str:
+        return f"{self.identity['experiment']} {self.folder.name}  epoch {epoch}/{self.config.epochs}"
 
     def sample_path(self) -> Path | None:
         """Where a grid of samples goes after this epoch, or None where none is due."""

@@ -136,7 +136,7 @@ def figures(model: MixtureGAN, state: dict, folder: Path) -> None:
         images = (model.sample(weights, seed, same_noise) + 1) / 2
         plots.save_labelled_grid(images, folder / f"{name}.png", columns, f"{title}\n{of}", labels)
 
-    plots.save_course(state["rows"], folder / "training.png", CURVES)
+    plots.save_course(state["rows"], folder / "training.png", CURVES, of)
     if model.config.dataset == "toy":
         toy.save_samples(model, folder / "samples.png", seed, of)
         return

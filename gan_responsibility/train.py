@@ -6,7 +6,6 @@ Run it again to resume; `--describe` prints what would be trained. The two basel
 loop. Each value's source stands in configs/*.yaml, each choice in the README's ledger.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from gan_responsibility import toy
 from gan_responsibility.model import MixtureGAN, Responsibility, as_input, shares
 from gan_responsibility.scores import SAMPLES, Scorer, clustering
 
-SILENCE = 20.0  # seconds between two lines within an epoch, where the screen is no terminal
 SETS = {  # data set: image shape, classes; None: the number is found in the folder
     "toy": ((2,), 3),
     "digits": ((1, 28, 28), 10),
@@ -179,7 +177,6 @@ def train(config: Task, options: run.Options, step: Callable = train_step) -> Pa
         while r.epoch < config.epochs:
             order = torch.randperm(len(images), generator=run.generator(options.seed, "order", r.epoch)).to(device)
             while r.step < steps:
-                say_position(r)
                 drawn = order[r.step * config.batch :][: config.batch]
                 noise = run.generator(options.seed, "noise", r.epoch, r.step, device=device)
                 r.after_step(replayed(Batch(as_input(images[drawn]), noise)))
@@ -190,13 +187,6 @@ def train(config: Task, options: run.Options, step: Callable = train_step) -> Pa
                 save_samples(model, path, options.seed, r.epoch)
         r.finish()
     return r.folder
-
-
-def say_position(r: run.Run) -> None:
-    """Where no terminal shows the bar: a line once in a while also within an epoch, which may take minutes."""
-    if r.bar.disable and r.step and time.monotonic() - max(r.printed_at, r.epoch_started) > SILENCE:
-        print(f"epoch {r.epoch + 1}/{r.config.epochs}, step {r.step}/{r.steps}", flush=True)
-        r.printed_at = time.monotonic()
 
 
 def save_samples(model: MixtureGAN, path: Path, seed: int, epoch: int) -> None:

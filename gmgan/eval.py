@@ -64,7 +64,7 @@ def evaluate(options: run.Options) -> dict:
     if data.name in toy.VARIANCE:
         toy.figures(model, rows, folder / "figures", name)
     else:
-        plots.save_course(rows, folder / "figures/training.png")
+        plots.save_course(rows, folder / "figures/training.png", title=name)
         if isinstance(model, Gan):
             figures(model, data, metrics, folder / "figures", name)
     return result

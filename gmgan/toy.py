@@ -159,7 +159,7 @@ def figures(model: Gan, rows: list[dict], folder: Path, name: str) -> None:
     save_scatters({name: (model, *samples(model))}, folder / "samples.png")
     panels = {f"{name}: σ = {m:g}": (model, *samples(model, m)) for m in SHOWN_MULTIPLIERS}
     save_scatters(panels, folder / "sigma.png")
-    plots.save_course(rows, folder / "training.png")
+    plots.save_course(rows, folder / "training.png", title=name)
 
 
 def save_samples(model: Gan, path: Path) -> None:

@@ -445,26 +445,9 @@ COURSE = {  # the log's columns, as the training figure names them
 
 
 def training(rows: list[dict], path: Path, of: str) -> None:
-    """The course of training, a panel for each column of the log; the axis is logarithmic where one spans a decade.
-
-    Before the first epoch has ended there is nothing to draw.
-    """
-    points = {title: [(row["epoch"], row[name]) for row in rows if name in row] for name, title in COURSE.items()}
-    curves = {title: zip(*several, strict=True) for title, several in points.items() if several}
-    if not curves:
-        return
-    columns = min(len(curves), 3)
-    size = (3.6 * columns, 2.6 * -(-len(curves) // columns) + 0.4)
-    figure, panels = plots.subplots(-(-len(curves) // columns), columns, figsize=size, squeeze=False)
-    for axes in panels.flat[len(curves) :]:
-        axes.set_visible(False)
-    for axes, (title, (epochs, values)) in zip(panels.flat, curves.items(), strict=False):
-        axes.plot(epochs, values, linewidth=1, marker="." if len(epochs) < 40 else "")  # one epoch alone is a point
-        axes.set(xlabel="epoch", ylabel=title, yscale="log" if 0 < 10 * min(values) < max(values) else "linear")
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.grid(alpha=0.3)
-    figure.suptitle(of, fontsize=9)
-    plots.save_figure(figure, path)
+    """The course of training, a panel for each column of the log."""
+    named = [{COURSE.get(name, name): value for name, value in row.items()} for row in rows]
+    plots.save_course(named, path, list(COURSE.values()), of)
 
 
 def main(argv: list[str] | None = None) -> None:
