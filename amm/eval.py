@@ -20,6 +20,32 @@ from common.metrics import contingency, error_rate
 
 STEPS = 9  # images from one test image to another
 EMBEDDED = 2_000  # test images of the t-SNE projection
+COURSE = {  # the log's columns, as the training figure names them; errors are of validation images or test images
+    "test_error": "test error by eq. (19), %",
+    "validation_error": "validation error by eq. (19), %",
+    "validation_error_g_y": "validation error by G_y, %",
+    "test_error_averaged": "test error, averaged weights, %",
+    "validation_error_averaged": "validation error, averaged weights, %",
+    "neighbour_error": "error of 5 nearest neighbours by z, %",
+    "cycle": "G_y(G_x(y, z)) is y, %",
+    "agreement": "eq. (19) and G_y agree, %",
+    "components_used": "components that have an image",
+    "components_entropy": "entropy of the components over log K",
+    "discriminator_loss": "loss of D, eq. (18), nats",
+    "decoder_loss": "loss of G_x and G_z(y), nats",
+    "encoder_loss": "loss of G_y and G_z(x), nats",
+    "penalty": "gradient penalty of eq. (18)",
+    "d_inferred": "D's probability of (x, G(x))",
+    "d_generated": "D's probability of (G(y, z), y, z)",
+    "discriminator_grad": "norm of D's gradient",
+    "decoder_grad": "norm of the gradient of G_x, G_z(y)",
+    "encoder_grad": "norm of the gradient of G_y, G_z(x)",
+    "slope_x": "norm of D's gradient in x",
+    "slope_y": "norm of D's gradient in y",
+    "slope_z": "norm of D's gradient in z",
+    "sigma_y": "mean σ_y of eq. (8)",
+    "spread_y": "deviation of μ_y over images",
+}
 NOISE = 0.5  # a cluster whose largest class has a smaller share than this is called a noise cluster
 
 
@@ -50,8 +76,7 @@ def evaluate(options: run.Options) -> dict:
         print(f"{data.name} has one class: what needs labels is left out")
     result = run.record(config, state, metrics, device)
     run.write_json(folder / "eval.json", result)
-    title = f"{options.experiment}, seed {seed}"
-    plots.save_course(state["rows"], folder / "figures" / "training.png", (), title)
+    plots.save_course(state["rows"], folder / "figures" / "training.png", COURSE)
     figures(model, data, folder / "figures", seed)
     return result
 

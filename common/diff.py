@@ -9,6 +9,7 @@ pending.csv: the reference runs we want, the most valuable first; hours of a see
 """
 
 import csv
+import importlib
 import json
 import re
 import shlex
@@ -397,7 +398,8 @@ def pages() -> dict[Path, str]:
             "[RESULTS.md](RESULTS.md) has every number, claim, reference run and figure."
         )
         glance += [[f"[{paper}]({paper}/README.md)", *cells] for cells in short]
-        known = {n["metric"]: [n["what"], n["unit"] or "", n["better"] or ""] for n in read_csv(paper, "published")}
+        known = {name: [what, "", ""] for name, what in importlib.import_module(f"{paper}.eval").COURSE.items()}
+        known |= {n["metric"]: [n["what"], n["unit"] or "", n["better"] or ""] for n in read_csv(paper, "published")}
         names = [["name", "what", "unit", "better"], *([f"`{name}`", *known[name]] for name in sorted(known))]
         runs = [["experiment", "seed", *FACTS, "minutes", "commits"]]
         for r, made in ((r, r["provenance"]) for r in records):

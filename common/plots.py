@@ -13,6 +13,8 @@ from torch import Tensor
 from common.run import atomic
 
 FORMATS = ("png",)  # of figures
+OF = ""  # whose run's they are: an evaluation sets it, and each figure says it
+
 
 def subplots(*arguments, **settings):
     """matplotlib's, drawn to files alone; the small type of these pages."""
@@ -27,10 +29,13 @@ def subplots(*arguments, **settings):
 
 
 def save_figure(figure, path: Path) -> None:
-    """Write a figure as a PNG, with --pdf also as a vector file, and close it."""
+    """Write a figure as a PNG, with --pdf also as a vector file, and close it. Below it stands whose it is."""
     import matplotlib.pyplot as pyplot
 
     figure.tight_layout()
+    if OF:
+        bottom = figure.get_tightbbox().y0 / figure.get_figheight()  # a legend may hang below the panels
+        figure.text(0.5, bottom, OF, fontsize=7, color="grey", ha="center", va="top", parse_math=False)
     for kind in FORMATS:
         with atomic(path.with_suffix(f".{kind}"), "wb") as file:
             about = {"Software": None} if kind == "png" else {"CreationDate": None}
@@ -69,26 +74,32 @@ def save_labelled_grid(
     save_figure(figure, path)
 
 
-def save_curves(curves: dict[str, tuple[Sequence, Sequence]], path: Path, x_label: str, log: bool = False) -> None:
-    """One panel for each named curve (x, y), four to a row; log: on logarithmic axes."""
-    panels = {title: {"": (x, y, [0.0] * len(x))} for title, (x, y) in curves.items()}
-    save_error_curves(panels, path, x_label, "", log, log)
-
-
-def save_error_curves(
-    panels: dict[str, dict[str, tuple]], path: Path, x_label: str, y_label: str, log: bool = False, log_y: bool = False
+def save_curves(
+    panels: dict[str, dict[str, tuple]],
+    path: Path,
+    x_label: str,
+    y_label: str = "",
+    log: bool = False,
+    log_y: bool | None = False,
 ) -> None:
-    """Panels of named curves (x, y, error of y), four to a row, a gap where one has none; log: of the x axis."""
+    """Panels of named curves (x, y) or (x, y, error of y), four to a row, a gap where one has none.
+
+    log: of the x axis. log_y: None where the panel's values say, which may span a decade.
+    """
     columns, rows = min(len(panels), 4), -(-len(panels) // 4)
     size = (3.4, 2.8) if len(panels) > 1 else (5.5, 4.0)
     figure, grid_of_axes = subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
     for axes, (title, curves) in zip_longest(grid_of_axes.flat, panels.items(), fillvalue=("", {})):
         axes.set_visible(bool(curves))
-        for name, (x, y, error) in curves.items():
+        for name, (x, y, *error) in curves.items():
             how = {"linewidth": 1, "capsize": 2, "marker": "." if len(x) < 40 else ""}  # one epoch alone is a point
-            axes.errorbar(x, y, error if any(error) else None, label=name or None, **how)
-        scales = {"xscale": "log" if log else "linear", "yscale": "log" if log_y else "linear"}
+            axes.errorbar(x, y, *(e for e in error if any(e)), label=name or None, **how)
+        values = [value for _, y, *_ in curves.values() for value in y]
+        spans = curves and 0 < 10 * min(values) < max(values) if log_y is None else log_y
+        scales = {"xscale": "log" if log else "linear", "yscale": "log" if spans else "linear"}
         axes.set(title=title, xlabel=x_label, ylabel=y_label, **scales)
+        if x_label == "epoch" and not log:
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         if any(curves):
             axes.legend()
@@ -108,25 +119,14 @@ def named(name: str, several: Sequence) -> str:
     return f"{name} ({len(several)} seed{'s' * (len(several) > 1)})"
 
 
-def save_course(rows: Sequence[dict], path: Path, names: Sequence[str] = (), title: str = "") -> None:
-    """A panel for each column of a log against the epoch: those of `names` that there are, or all. rows: as in log.csv.
+def save_course(rows: Sequence[dict], path: Path, names: dict[str, str], others: bool = True) -> None:
+    """A panel for each column of a log against the epoch. rows: as in log.csv. names: {column: its title}, first.
 
-    The axis is logarithmic where a column spans a decade. Before the first epoch has ended there is nothing to draw.
+    others: draw the columns that `names` leaves out, too. Before the first epoch has ended there is nothing to draw.
     """
-    columns = names or dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "seconds"))
-    points = {name: [(row["epoch"], row[name]) for row in rows if name in row] for name in columns}
-    curves = {name: zip(*several, strict=True) for name, several in points.items() if several}
-    if not curves:
-        return
-    across = min(len(curves), 3)
-    down = -(-len(curves) // across)
-    figure, panels = subplots(down, across, figsize=(3.6 * across, 2.6 * down + 0.4), squeeze=False)
-    for axes in panels.flat[len(curves) :]:
-        axes.set_visible(False)
-    for axes, (name, (epochs, values)) in zip(panels.flat, curves.items(), strict=False):
-        axes.plot(epochs, values, linewidth=1, marker="." if len(epochs) < 40 else "")  # one epoch alone is a point
-        axes.set(xlabel="epoch", ylabel=name, yscale="log" if 0 < 10 * min(values) < max(values) else "linear")
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=9)
-    save_figure(figure, path)
+    columns = dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "seconds"))
+    shown = [*filter(columns.__contains__, names), *(c for c in columns if others and c not in names)]
+    points = {names.get(c, c): [(row["epoch"], row[c]) for row in rows if c in row] for c in shown}
+    if points:
+        panels = {title: {"": tuple(zip(*several, strict=True))} for title, several in points.items()}
+        save_curves(panels, path, "epoch", log_y=None)

@@ -311,7 +311,7 @@ def parse(program: str, cls: type | None, argv: list[str] | None = None) -> tupl
 
 def differs(name: str, value: object, other: object) -> bool:
     """Whether a run with another value of this field is another run. Epochs may grow, and an image folder may move."""
-    if name == "dataset" and ":" in str(value):
+    if name in ("dataset", "data") and ":" in str(value):
         value, other = (str(dataset).partition(":")[0] for dataset in (value, other))
     return name != "epochs" and value != other
 
@@ -693,9 +693,10 @@ def evaluate_from(paper: str, evaluate: Callable, argv: list[str] | None, shown:
     """The command `python -m <paper>.eval`: evaluate(options) gives what `record` made. shown: the metrics to print."""
     from common import plots  # which imports this module
 
-    _, options = parse(f"{paper}.eval", None, argv)
-    plots.FORMATS = ("png", "pdf") if options.pdf else ("png",)
+    config, options = parse(f"{paper}.eval", None, argv)
     folder, earlier = options.folder(paper), {}
+    plots.FORMATS = ("png", "pdf") if options.pdf else ("png",)
+    plots.OF = ", ".join(dict.fromkeys([paper, options.experiment, Path(config.dataset).name, folder.name]))
     with suppress(OSError, ValueError):  # an eval.json that cannot be read is written anew
         earlier = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     result = evaluate(options)

@@ -22,8 +22,18 @@ from gan_responsibility.train import prepared, read
 
 JUDGED = 500  # samples of each Gaussian that the classifier judges
 STEPS = 9  # images from one Gaussian to another, Fig. 2; along a side of the triangle, Fig. 3
-CURVES = ("d_loss", "g_loss", "information", "alpha_entropy", "alpha_information", "largest_weight")
-CURVES += ("accuracy", "nmi", "inception_score", "fid")
+COURSE = {  # the log's columns, as the training figure names them
+    "d_loss": "loss of D, eq. (1), nats",
+    "g_loss": "loss of G, eq. (2), nats",
+    "information": "cross-entropy of C, eq. (4), nats",
+    "alpha_entropy": "entropy of p(k|x) over log K",
+    "alpha_information": "information of k on x over log K",
+    "largest_weight": "largest weight of a Gaussian, 0 to 1",
+    "accuracy": "ACC of p(k|x) on test images",
+    "nmi": "NMI of p(k|x) on test images",
+    "inception_score": "Inception Score",
+    "fid": "FID",
+}
 SYSTEMS = {  # of Table 6 and Figure 4
     "encoder shared": "flowers10",
     "classifier apart": "flowers10-standalone",
@@ -130,15 +140,14 @@ def table_6(model: MixtureGAN, data: Dataset, scorer: Scorer, rows: list[dict], 
 def figures(model: MixtureGAN, state: dict, folder: Path) -> None:
     """The course of training; samples of each Gaussian and the way from one to the next (Fig. 2), three (Fig. 3)."""
     k, seed = model.config.components, state["identity"]["seed"]
-    of = f"{state['identity']['experiment']}, seed {seed}, {state['epoch']} epochs"
 
     def save(name: str, weights: Tensor, columns: int, title: str, labels: list[str], same_noise: bool = False) -> None:
         images = (model.sample(weights, seed, same_noise) + 1) / 2
-        plots.save_labelled_grid(images, folder / f"{name}.png", columns, f"{title}\n{of}", labels)
+        plots.save_labelled_grid(images, folder / f"{name}.png", columns, title, labels)
 
-    plots.save_course(state["rows"], folder / "training.png", CURVES, of)
+    plots.save_course(state["rows"], folder / "training.png", COURSE, others=False)
     if model.config.dataset == "toy":
-        toy.save_samples(model, folder / "samples.png", seed, of)
+        toy.save_samples(model, folder / "samples.png", seed)
         return
     is_mixture = isinstance(model.mixture, Mixture)
     labels = [f"Gaussian {i}" for i in range(k)] if is_mixture else []
@@ -199,7 +208,7 @@ def figure_4(found: dict[str, list[dict[str, float]]], path: Path) -> None:
                 label = f"{plots.named(name, several)}: best {best(means):.4g}, last {means[-1]:.4g}"
                 panels[title][label] = (epochs, means, errors)
     if any(panels.values()):
-        plots.save_error_curves(panels, path, "epoch", "")
+        plots.save_curves(panels, path, "epoch")
 
 
 def main(argv: list[str] | None = None) -> None:

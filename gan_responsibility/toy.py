@@ -40,7 +40,7 @@ def nearest_class(points: Tensor) -> Tensor:
     return torch.cdist(points, MEANS).argmin(1)
 
 
-def save_samples(model: Responsibility, path: Path, seed: int, title: str) -> None:
+def save_samples(model: Responsibility, path: Path, seed: int, title: str = "") -> None:
     """Left: what each Gaussian generates, over the data. Right: p(k|x) over the plane, in the colours of the Gaussians.
 
     A place has the mean of the three colours, weighted by p(k|x): grey-brown where p(k|x) says nothing.

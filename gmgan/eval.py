@@ -60,19 +60,12 @@ def evaluate(options: run.Options) -> dict:
         metrics = model.scores(data, options.seed)
     result = run.record(model.config, state, metrics, device, **judges)
     run.write_json(folder / "eval.json", result)
-    name, rows = f"{result['experiment']}, seed {result['seed']}", [labelled(row) for row in state["rows"]]
+    plots.save_course(state["rows"], folder / "figures" / "training.png", COURSE)
     if data.name in toy.VARIANCE:
-        toy.figures(model, rows, folder / "figures", name)
-    else:
-        plots.save_course(rows, folder / "figures/training.png", title=name)
-        if isinstance(model, Gan):
-            figures(model, data, metrics, folder / "figures", name)
+        toy.figures(model, folder / "figures")
+    elif isinstance(model, Gan):
+        figures(model, data, metrics, folder / "figures")
     return result
-
-
-def labelled(row: dict) -> dict:
-    """A row of the log under the names that the figure of the training shows, with units."""
-    return {COURSE.get(key, key): value for key, value in row.items()}
 
 
 # -------------------------------------------------------------------------------------------------- scores on images
@@ -172,24 +165,24 @@ def inception_score(model: Gan, data: Dataset, options: run.Options) -> tuple[di
 # ----------------------------------------------------------------------------------------------------------- figures
 
 
-def figures(model: Gan, data: Dataset, metrics: dict[str, float], folder: Path, name: str) -> None:
-    """Samples by Gaussian (Fig. 8) and at several σ (Fig. 6), and the run's curves (Figs. 2 and 7). name: the run's."""
+def figures(model: Gan, data: Dataset, metrics: dict[str, float], folder: Path) -> None:
+    """Samples by Gaussian (Fig. 8) and at several σ (Fig. 6), and the run's curves (Figs. 2 and 7)."""
     groups = model.config.groups
     each, labels, title = 100, [], "Samples"
     if groups > 1:
         each, labels = 10, label_groups(model, data)
-        title = f"samples of each {'Gaussian' if isinstance(model, GMGAN) else 'class'} (Fig. 8)"
+        title = f"Samples of each {'Gaussian' if isinstance(model, GMGAN) else 'class'} (Fig. 8)"
     samples = model.sample(each).float() / 255
-    plots.save_labelled_grid(samples, folder / "samples.png", 10, f"{name}: {title}", labels)
+    plots.save_labelled_grid(samples, folder / "samples.png", 10, title, labels)
     each = -(-10 // groups)
     at = [model.sample(each, multiplier).float()[: 10 * each] / 255 for multiplier in SHOWN_MULTIPLIERS]
     columns = min(len(at[0]), 10)
     rows_of_each = -(-len(at[0]) // columns)
     heads = [f"σ = {m:g}" if i == 0 else "" for m in SHOWN_MULTIPLIERS for i in range(rows_of_each)]
-    title = f"{name}: the same noise at several σ (Fig. 6)"
+    title = "The same noise at several σ (Fig. 6)"
     plots.save_labelled_grid(torch.cat(at), folder / "sigma.png", columns, title, heads)
     scored = [score for score in CURVES if f"{score}_at_{MULTIPLIERS[0]}" in metrics]
-    curves = {CURVES[score]: (MULTIPLIERS, [metrics[f"{score}_at_{m}"] for m in MULTIPLIERS]) for score in scored}
+    curves = {CURVES[s]: {"": (MULTIPLIERS, [metrics[f"{s}_at_{m}"] for m in MULTIPLIERS])} for s in scored}
     plots.save_curves(curves, folder / "trade_off.png", SIGMA)
 
 

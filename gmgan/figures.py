@@ -59,7 +59,7 @@ def figure_4_curves(found: dict, out: Path) -> None:
             curves[named(name, found[experiment])] = (entropy, nll, errors)
     if curves:
         labels = ("entropy, nats (diversity)", "negative log-likelihood, nats")
-        plots.save_error_curves({"": curves}, out / "figure-4-curves.png", *labels)
+        plots.save_curves({"": curves}, out / "figure-4-curves.png", *labels)
 
 
 def figure_5(found: dict, out: Path) -> None:
@@ -70,7 +70,7 @@ def figure_5(found: dict, out: Path) -> None:
         own = toy.negative_log_likelihood(toy.dataset().train_images)
         curves["the data"] = (xs, [own] * len(xs), [0.0] * len(xs))
         labels = ("epoch", "negative log-likelihood, nats")
-        plots.save_error_curves({"": curves}, out / "figure-5.png", *labels, log=True)
+        plots.save_curves({"": curves}, out / "figure-5.png", *labels, log=True)
 
 
 def figure_7(found: dict, out: Path) -> None:
@@ -86,7 +86,7 @@ def figure_7(found: dict, out: Path) -> None:
                 row[f"{title}, {setting}: {score}"] = curves
         panels |= row if any(row.values()) else {}
     if panels:
-        plots.save_error_curves(panels, out / "figure-7.png", SIGMA, "score, 0 to 1")
+        plots.save_curves(panels, out / "figure-7.png", SIGMA, "score, 0 to 1")
 
 
 def figure_2(found: dict, out: Path) -> None:
@@ -96,7 +96,7 @@ def figure_2(found: dict, out: Path) -> None:
         if data in found and f"inception_score_at_{MULTIPLIERS[0]}" in found[data][0]:
             panels[title] = {named("GM-GAN", found[data]): curve(found[data], "inception_score_at_")}
     if panels:
-        plots.save_error_curves(panels, out / "figure-2.png", SIGMA, "Inception Score")
+        plots.save_curves(panels, out / "figure-2.png", SIGMA, "Inception Score")
     else:
         print("figure 2 left out: no run on CIFAR-10 or STL-10 was evaluated with Inception weights")
 

@@ -151,15 +151,11 @@ def scores(model: Gan, rows: list[dict]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def figures(model: Gan, rows: list[dict], folder: Path, name: str) -> None:
-    """Samples over the data in the colours of their Gaussians (Fig. 3), at several σ (Fig. 4); likelihoods (Fig. 5).
-
-    name: of the run, for the titles.
-    """
-    save_scatters({name: (model, *samples(model))}, folder / "samples.png")
-    panels = {f"{name}: σ = {m:g}": (model, *samples(model, m)) for m in SHOWN_MULTIPLIERS}
+def figures(model: Gan, folder: Path) -> None:
+    """Samples over the data in the colours of their Gaussians (Fig. 3), and at several σ (Fig. 4)."""
+    save_scatters({"": (model, *samples(model))}, folder / "samples.png")
+    panels = {f"σ = {m:g}": (model, *samples(model, m)) for m in SHOWN_MULTIPLIERS}
     save_scatters(panels, folder / "sigma.png")
-    plots.save_course(rows, folder / "training.png", title=name)
 
 
 def save_samples(model: Gan, path: Path) -> None:

@@ -260,31 +260,29 @@ def figures(
     """Figures 3 to 8 for this data set, the geometry of the latent space, and the course of training.
 
     z: (n, D), the codes of the test images.  result: what `evaluate` measured.  rows: the log.
-    The last line of each title, `of`, says whose figure it is.
     """
-    details, whose = result["details"], dict.fromkeys([result["experiment"], data.name, f"seed {result['seed']}"])
-    of = ", ".join(whose).replace("$", r"\$")  # else matplotlib may read a formula
+    details = result["details"]
     generator, labelled = run.generator(seed, "figures"), bool(model.config.labelled_per_batch)
-    samples(model, data, generator, folder / "samples.png", of)
-    interpolations(model, data, z, generator, folder / "interpolations.png", of)
+    samples(model, data, generator, folder / "samples.png")
+    interpolations(model, data, z, generator, folder / "interpolations.png")
     if labelled:
-        chosen = style_transfers(model, data, z, generator, folder / "style_transfer.png", of)
+        chosen = style_transfers(model, data, z, generator, folder / "style_transfer.png")
     if labelled and isinstance(model, SeGMA):
-        intensities(model, data, z, chosen, generator, folder / "intensity.png", of)
-        geometry(details, data.class_names, folder, of)
+        intensities(model, data, z, chosen, generator, folder / "intensity.png")
+        geometry(details, data.class_names, folder)
     if "sampled_distance" in details:
-        closed_form(details["sampled_distance"], result["timing"], folder / "closed_form.png", of)
-    training(rows, folder / "training.png", of)
+        closed_form(details["sampled_distance"], result["timing"], folder / "closed_form.png")
+    plots.save_course(rows, folder / "training.png", COURSE, others=False)
 
 
-def samples(model: GenerativeModel, data: Dataset, generator: torch.Generator, path: Path, of: str) -> None:
+def samples(model: GenerativeModel, data: Dataset, generator: torch.Generator, path: Path) -> None:
     """Figures 3 to 5: ten samples of each component, one row a component."""
     k = len(model.means)
     noise = torch.randn(k * 10, model.config.latent_dim, generator=generator).to(model.device)
     codes = model.place(noise, torch.arange(k, device=model.device).repeat_interleave(10))
     labelled = bool(model.config.labelled_per_batch)
     rows = data.class_names if labelled else [f"component {i}" for i in range(k)]
-    plots.save_labelled_grid(model.decode(codes), path, 10, f"Samples of each component (Figs. 3-5)\n{of}", rows)
+    plots.save_labelled_grid(model.decode(codes), path, 10, "Samples of each component (Figs. 3-5)", rows)
 
 
 def one_of(class_: int, classes: Tensor, generator: torch.Generator) -> int:
@@ -318,9 +316,7 @@ def with_originals(
     return torch.cat(parts, 1).flatten(0, 1)
 
 
-def interpolations(
-    model: GenerativeModel, data: Dataset, z: Tensor, generator: torch.Generator, path: Path, of: str
-) -> None:
+def interpolations(model: GenerativeModel, data: Dataset, z: Tensor, generator: torch.Generator, path: Path) -> None:
     """Figure 6: nine steps from a test image to one of another class. The first row is from 6 to 9, as in the paper."""
     n, names, real = data.n_classes, data.class_names, shows_originals(data)
     pairs = [(s, other_than(s, n, generator)) for s in range(n)]
@@ -329,13 +325,11 @@ def interpolations(
     steps = torch.linspace(0, 1, 9, device=z.device)
     line = z[first][:, None] + steps[None, :, None] * (z[last] - z[first])[:, None]
     images = with_originals(model, data, first, line, last)
-    title = "Interpolations between test images (Fig. 6)" + (": first and last are real" if real else "") + f"\n{of}"
+    title = "Interpolations between test images (Fig. 6)" + (": first and last are real" if real else "")
     plots.save_labelled_grid(images, path, 11 if real else 9, title, [f"{names[s]} to {names[e]}" for s, e in pairs])
 
 
-def style_transfers(
-    model: GenerativeModel, data: Dataset, z: Tensor, generator: torch.Generator, path: Path, of: str
-) -> Tensor:
+def style_transfers(model: GenerativeModel, data: Dataset, z: Tensor, generator: torch.Generator, path: Path) -> Tensor:
     """Figure 7: a test image of each class moves to another class. Returns which images, (K,)."""
     k, names, real, assigned = len(model.means), data.class_names, shows_originals(data), model.classify(z)
     chosen = torch.tensor([one_of(s, assigned, generator) for s in range(k)])
@@ -348,16 +342,14 @@ def style_transfers(
         with_originals(model, data, chosen, moved),
         path,
         10 if real else 9,
-        f"Continuous style transfer, {formula}\n{of}",
+        f"Continuous style transfer, {formula}",
         [f"{names[s]} to {names[e]}" for s, e in zip(source.tolist(), target.tolist(), strict=True)],
         ["real"] * real + [f"t={t:.2g}" for t in steps],
     )
     return chosen
 
 
-def intensities(
-    model: SeGMA, data: Dataset, z: Tensor, chosen: Tensor, generator: torch.Generator, path: Path, of: str
-) -> None:
+def intensities(model: SeGMA, data: Dataset, z: Tensor, chosen: Tensor, generator: torch.Generator, path: Path) -> None:
     """Figure 8: test images, `chosen` (K,), move away from an anti-target class.
 
     On faces the classes are the paper's; elsewhere the anti-target is the class with the nearest mean (ledger 23).
@@ -375,17 +367,17 @@ def intensities(
         with_originals(model, data, chosen, moved),
         path,
         8 if real else 7,
-        f"Class intensity, z + α (μ_s - μ_t), eq. (11), Fig. 8 (the paper's α is 0.5)\n{of}",
+        "Class intensity, z + α (μ_s - μ_t), eq. (11), Fig. 8 (the paper's α is 0.5)",
         [f"{names[s]}, away from {names[e]}" for s, e in zip(source.tolist(), anti_target.tolist(), strict=True)],
         ["real"] * real + [f"α={alpha:g}" for alpha in alphas],
     )
 
 
-def geometry(details: dict, names: Sequence[str], folder: Path, of: str) -> None:
+def geometry(details: dict, names: Sequence[str], folder: Path) -> None:
     """The distances between the means, and the classes that lie between classes."""
     distances = details["mean_distances"]
     text = [["" if i == j else f"{d:.2f}" for j, d in enumerate(row)] for i, row in enumerate(distances)]
-    title = f"Distances between the means\n{of}"
+    title = "Distances between the means"
     save_matrix(torch.tensor(distances), folder / "means.png", names, title, text, "‖μ_k - μ_l‖")
     shares = torch.zeros(len(names), len(names))
     text = [[""] * len(names) for _ in names]
@@ -393,7 +385,7 @@ def geometry(details: dict, names: Sequence[str], folder: Path, of: str) -> None
         for name, share in list((details["between"][f"{names[i]}-{names[j]}"] or {}).items())[:1]:
             shares[i, j] = shares[j, i] = 100 * share
             text[i][j] = text[j][i] = f"{name}: {100 * share:.0f}"
-    title = f"The third class on most lines between two classes,\nand % of lines through it\n{of}"
+    title = "The third class on most lines between two classes,\nand % of lines through it"
     save_matrix(shares, folder / "between.png", names, title, text, "% of lines")
 
 
@@ -421,15 +413,15 @@ def save_matrix(
     plots.save_figure(figure, path)
 
 
-def closed_form(rows: list[dict], timing: list[dict], path: Path, of: str) -> None:
+def closed_form(rows: list[dict], timing: list[dict], path: Path) -> None:
     """What sampling the mixture costs in noise and time, against the number of samples."""
     closed, n = timing[0]["milliseconds"], [row["n"] for row in rows[1:]]
     noise, times = [row["gradient_noise"] for row in rows[1:]], [row["milliseconds"] for row in timing[1:]]
     curves = {
-        f"noise of the gradient over its norm\n(closed form: 0)\n{of}": (n, noise),
-        f"milliseconds, value and gradient\n(closed form: {closed:.2g})\n{of}": (n, times),
+        "noise of the gradient over its norm\n(closed form: 0)": {"": (n, noise)},
+        f"milliseconds, value and gradient\n(closed form: {closed:.2g})": {"": (n, times)},
     }
-    plots.save_curves(curves, path, "samples of the mixture in a sampled MMD", log=True)
+    plots.save_curves(curves, path, "samples of the mixture in a sampled MMD", log=True, log_y=True)
 
 
 COURSE = {  # the log's columns, as the training figure names them
@@ -442,12 +434,6 @@ COURSE = {  # the log's columns, as the training figure names them
     "unlabelled_bound": "bound of the unlabelled images, nats",
     "cross_entropy": "cross-entropy of the labels, nats",
 }
-
-
-def training(rows: list[dict], path: Path, of: str) -> None:
-    """The course of training, a panel for each column of the log."""
-    named = [{COURSE.get(name, name): value for name, value in row.items()} for row in rows]
-    plots.save_course(named, path, list(COURSE.values()), of)
 
 
 def main(argv: list[str] | None = None) -> None:

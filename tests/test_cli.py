@@ -1,5 +1,6 @@
 """The command lines as a person types them: help, mistakes, kills, a full disk, make."""
 
+import importlib
 import itertools
 import json
 import os
@@ -12,8 +13,10 @@ import sys
 import time
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common import diff, run
 from segma import eval as segma_eval
@@ -256,6 +259,65 @@ def test_a_slice_of_mnist_from_files_to_diff(data_root, tmp_path, capsys, monkey
     assert code == 0 and "not comparable: another config (labels stratified, hidden_dim 64, loss_over all)" in out, err
 
 
+@pytest.mark.parametrize(
+    ("paper", "experiment"),
+    [("segma", "digits"), ("gmgan", "toy"), ("gan_responsibility", "toy"), ("amm", "digits")],
+)
+def test_a_run_stopped_in_its_first_epoch_is_evaluated(paper, experiment, tmp_path, capsys, monkeypatch):
+    step = run.Run.after_step
+
+    def stopped(self, losses):
+        os.kill(os.getpid(), signal.SIGTERM)
+        step(self, losses)
+
+    monkeypatch.setattr(run.Run, "after_step", stopped)
+    arguments = [experiment, "--runs", tmp_path, "--threads", "1"]
+    module = {kind: importlib.import_module(f"{paper}.{kind}") for kind in ("train", "eval")}
+    assert call(module["train"].main, *arguments, capsys=capsys)[0] == 143
+    code, out, err = call(module["eval"].main, *arguments, capsys=capsys)
+    assert code == 0 and "0 of " in out, err
+    (folder,) = tmp_path.glob(f"{paper}/*/*")
+    assert (folder / "figures/samples.png").exists() and not (folder / "figures/training.png").exists()
+    code, out, err = call(diff.main, "show", paper, "--runs", tmp_path, capsys=capsys)
+    assert code == 0 and "not comparable" in out, err
+
+
+def test_numbers_that_an_evaluation_cannot_make_again_are_named(tmp_path, capsys):
+    state = {"sessions": [run.session(torch.device("cpu"))], "weights": {}, "seconds": 1.0, "epoch": 1, "step": 0}
+    state["identity"] = {"paper": "segma", "experiment": "digits", "seed": 0, "data": "digits"}
+    config = run.experiment_config("segma", "digits")
+    (folder := tmp_path / "segma/digits/seed0").mkdir(parents=True)
+    (folder / "eval.json").write_text('{"metrics": {"error": 1.0, "fid": 9.0}}')
+
+    def evaluate(options):
+        return run.record(config, state, {"error": 2.0}, torch.device("cpu"))
+
+    code, out, err = call(
+        lambda argv: run.evaluate_from("segma", evaluate, argv), "digits", "--runs", tmp_path, capsys=capsys
+    )
+    assert code == 0 and "left out, where the evaluation before this one had them: fid\n" in out, err
+
+
+def test_a_folder_of_images_may_move(tmp_path, capsys):
+    pixels = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (tmp_path / "here" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(pixels.integers(0, 256, (28, 28, 3), np.uint8)).save(tmp_path / f"here/{name}/{i}.png")
+    how = ["--n-labels", "10", "--batch-unlabelled", "10", "--batch-labelled", "4"]
+    how = [*how, "--runs", tmp_path / "runs", "--threads", "1", "--hidden-dim", "16"]
+    here, there = (f"folder:{tmp_path / place}" for place in ("here", "there"))
+    code, _, err = call(segma_train.main, "folder", "--dataset", here, *how, "--epochs", "1", capsys=capsys)
+    assert code == 0, err
+    (tmp_path / "here").rename(tmp_path / "there")
+    code, out, err = call(segma_train.main, "folder", "--dataset", there, *how, "--epochs", "2", capsys=capsys)
+    assert code == 0 and "from epoch 2, step 0 on" in out, err
+    assert call(segma_eval.main, "folder", "--dataset", there, *how, capsys=capsys)[0] == 0
+    (tmp_path / "there/cats/0.png").unlink()  # other images are other data
+    code, _, err = call(segma_eval.main, "folder", "--dataset", there, *how, capsys=capsys)
+    assert code == 2 and "trained on folder:there with digest" in err and err.count("\n") == 1
+
+
 def make(*arguments: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "DATA")}
     environment["COLUMNS"] = "400"  # no line of a table is wrapped
@@ -268,6 +330,28 @@ def test_make_alone_lists_every_target():
         assert f"make {path.parent.parent.name}-{path.stem} " in out
     for target in ("setup", "test", "torture", "bench", "diff", "results", "pending", "clean"):
         assert f"make {target} " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["segma-digits", "EPOCH=1"], "unknown variable EPOCH; did you mean EPOCHS?"),
+        (["segma-digits", "SEED=3"], "unknown variable SEED; did you mean SEEDS?"),
+        (["segma-digits", "SEEDS=0,1"], 'expected whole numbers between spaces, as SEEDS="0 1 2"'),
+        (["segma-digits", "SEEDS="], 'expected whole numbers between spaces, as SEEDS="0 1 2"'),
+        (["segma-mnits"], "there is no target segma-mnits; did you mean segma-mnist? (make alone lists all)"),
+        (["bench-segma"], "there is no target bench-segma; did you mean bench-segma-"),
+        (["diff", "PYTHON=/bin/false"], "PYTHON=/bin/false cannot import torch and torchvision; install"),
+    ],
+)
+def test_make_answers_a_mistake_in_one_line(arguments, complaint):
+    done = make(*arguments)
+    assert done.returncode == 2 and complaint in done.stderr and done.stdout == ""
+
+
+def test_make_and_a_paper_lists_its_experiments():
+    out = make("segma").stdout
+    assert all(f"make segma-{name} " in out for name in run.experiments("segma")) and "make gmgan" not in out
 
 
 def test_a_new_yaml_file_is_a_new_target(tmp_path):

@@ -4,6 +4,8 @@ import dataclasses
 import os
 import re
 import subprocess
+import sys
+import tomllib
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +175,45 @@ def open_run(tmp_path, config=None, **options) -> run.Run:
 def one_layer():
     network = torch.nn.Linear(2, 2)
     return network, {"adam": torch.optim.Adam(network.parameters())}
+
+
+def test_without_a_terminal_a_line_every_few_seconds(tmp_path, monkeypatch, capsys):
+    clock = [1000.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    with open_run(tmp_path, config=Config(epochs=150), save_every=1e9) as r:
+        r.resume(*one_layer(), 2)
+        capsys.readouterr()
+        for _ in range(150):  # of a quarter of a second each
+            for _ in range(2):
+                clock[0] += 0.125
+                r.after_step({"loss": torch.tensor(1.0)})
+            r.after_epoch()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[3] for line in lines] == ["1/150", *(f"{e}/150" for e in range(22, 150, 21)), "150/150"]
+    with open_run(tmp_path / "long", config=Config(epochs=1), save_every=1e9) as r:
+        r.resume(*one_layer(), 10)
+        capsys.readouterr()
+        for _ in range(9):  # of nine seconds each
+            clock[0] += 9
+            r.after_step({"loss": torch.tensor(1.0)})
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["3/10", "6/10", "9/10"]
+
+
+def test_openmp_threads_spin_briefly_unless_the_person_has_said_how_they_wait():
+    show = [sys.executable, "-c", "import common, os; print(os.environ.get('GOMP_SPINCOUNT'))"]
+    for own, found in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")):
+        bare = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+        assert subprocess.check_output(show, cwd=run.ROOT, env=bare | own, text=True).strip() == found
+
+
+def test_the_package_ships_every_config_and_number():
+    """What pyproject.toml's patterns match is every file that a command reads."""
+    setup = tomllib.loads((run.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = [f"{package}/{pattern}" for package in setup["packages"] for pattern in setup["package-data"]["*"]]
+    shipped = {str(path.relative_to(run.ROOT)) for pattern in patterns for path in run.ROOT.glob(pattern)}
+    tracked = subprocess.check_output(["git", "ls-files", *setup["packages"]], cwd=run.ROOT, text=True).split()
+    assert shipped >= {file for file in tracked if file.endswith((".yaml", ".csv", ".json"))}
+    assert {f.split("/")[0] for f in tracked if f.endswith(".py")} == set(setup["packages"])
 
 
 def test_steps_that_are_not_finite_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path):

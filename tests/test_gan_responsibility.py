@@ -635,8 +635,8 @@ def test_table_6_and_figure_4_with_weights(tiny, tmp_path, monkeypatch):
     folder = train.train(config, options)
     assert named == [weights]
     rows = torch.load(folder / "checkpoint.pt", weights_only=True)["rows"]
-    drawn, save = [], plots.save_error_curves
-    monkeypatch.setattr(plots, "save_error_curves", lambda panels, *a: drawn.append(panels) or save(panels, *a))
+    drawn, save = [], plots.save_curves
+    monkeypatch.setattr(plots, "save_curves", lambda panels, *a, **k: drawn.append(panels) or save(panels, *a, **k))
     result = evaluation.evaluate(options)
     metrics, best = result["metrics"], max(rows, key=lambda row: row["inception_score"])
     assert result["provenance"]["inception"] == scores.JUDGE

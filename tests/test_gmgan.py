@@ -673,7 +673,7 @@ def test_what_is_scored_of_how_many_samples(monkeypatch, capsys):
 
 def test_figure_7_compares_networks_of_one_width_by_means_and_standard_errors(monkeypatch, tmp_path):
     drawn = {}
-    monkeypatch.setattr(plots, "save_error_curves", lambda panels, *_: drawn.update(panels))
+    monkeypatch.setattr(plots, "save_curves", lambda panels, *_: drawn.update(panels))
     names = ("mnist-gan", "mnist", "mnist-narrow", "cifar10", "digits-dynamic")
     found = {e: [{"quality_at_1.0": float(i), "diversity_at_1.0": 0.0}] for i, e in enumerate(names)}
     found["mnist-gan"] = [{f"{s}_at_{x}": x * i for s in ("quality", "diversity") for x in (10.0, 0.5)} for i in (1, 3)]

@@ -19,6 +19,7 @@ from common.data import Dataset, choose_labels, load
 from common.metrics import frechet_distance, moments
 from segma import model
 from segma.eval import (
+    COURSE,
     between,
     closed_form_against_sampling,
     evaluate,
@@ -30,7 +31,6 @@ from segma.eval import (
     style_transfers,
     tables_i_and_iii,
     to_bytes,
-    training,
     verdict,
 )
 from segma.model import SeGMA
@@ -537,7 +537,7 @@ def test_figures_of_any_class_names_and_of_a_single_epoch(tmp_path, monkeypatch)
     made, names = [], ["a_$", "b_$", "$_$ and not smiling", "6"]
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: made.append(figure))
     lines = {"-".join(pair): {"$_$ and not smiling": 0.5} for pair in itertools.combinations(names, 2)}
-    geometry({"mean_distances": torch.rand(4, 4).tolist(), "between": lines}, names, tmp_path, "mine, seed 0")
+    geometry({"mean_distances": torch.rand(4, 4).tolist(), "between": lines}, names, tmp_path)
     for figure in made:  # nothing is printed over anything else, and $…$ is no formula
         figure.canvas.draw()
         boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
@@ -545,10 +545,22 @@ def test_figures_of_any_class_names_and_of_a_single_epoch(tmp_path, monkeypatch)
         assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == names
     rows = [{"epoch": 1, "mse": 20.0, "d2": 0.1}, {"epoch": 2, "mse": 10.0, "d2": 0.001}]
     for several, scales in ((rows, ["linear", "log"]), (rows[:1], ["linear", "linear"])):
-        training(several, tmp_path / "x.png", "mine, seed 0")
+        plots.save_course(several, tmp_path / "x.png", COURSE)
         assert [axes.get_yscale() for axes in made[-1].axes[:2]] == scales
-        assert made[-1].axes[0].get_ylabel() == "reconstruction error, eq. (1)"
+        assert made[-1].axes[0].get_title() == "reconstruction error, eq. (1)"
         assert all(axes.lines[0].get_marker() == "." for axes in made[-1].axes[:2])
+
+
+def test_a_figure_says_below_everything_else_whose_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "OF", "segma, a_$_$, seed0")
+    monkeypatch.setattr("matplotlib.pyplot.close", lambda figure: None)
+    figure, axes = plots.subplots()
+    axes.plot([0, 1], label="curve")
+    axes.legend(bbox_to_anchor=(0.5, -0.2))  # hangs below the panel
+    plots.save_figure(figure, tmp_path / "x.png")
+    (said,) = figure.texts
+    assert said.get_text() == plots.OF
+    assert not said.get_window_extent().overlaps(axes.get_legend().get_window_extent())
 
 
 def test_figures_7_and_8_start_from_the_class_that_eq_7_gives(tmp_path, monkeypatch):
@@ -560,8 +572,8 @@ def test_figures_7_and_8_start_from_the_class_that_eq_7_gives(tmp_path, monkeypa
     images = torch.zeros(12, 1, 1, 10, dtype=torch.uint8)
     data = Dataset("made up", images, assigned, images, (assigned + 1) % 4, tuple("0123"), "0" * 16, False)
     monkeypatch.setattr(plots, "save_labelled_grid", lambda *arguments: drawn.append(arguments))
-    chosen = style_transfers(system, data, z, torch.Generator().manual_seed(1), tmp_path, "")
-    intensities(system, data, z, chosen, torch.Generator(), tmp_path, "")
+    chosen = style_transfers(system, data, z, torch.Generator().manual_seed(1), tmp_path)
+    intensities(system, data, z, chosen, torch.Generator(), tmp_path)
     assert assigned[chosen].tolist() == [0, 1, 2, 3] and [row[:4] for row in drawn[0][4]] == [
         f"{k} to" for k in range(4)
     ]
