@@ -237,6 +237,14 @@ def test_a_screen_without_greek_letters(tmp_path):
     assert code == 0, err
 
 
+def test_with_standard_error_closed_a_run_goes_on_and_a_mistake_has_its_code(tmp_path):
+    for more, code in (([], 0), (["--learning-rate", "0"], 2)):
+        arguments = ["-m", *RUN, "--epochs", "1", "--runs", str(tmp_path), *more]
+        closed = ["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, *arguments]
+        assert subprocess.run(closed, cwd=ROOT, capture_output=True).returncode == code
+    assert checkpoint(tmp_path)["epoch"] == 1
+
+
 def test_a_slice_of_mnist_from_files_to_diff(data_root, tmp_path, capsys, monkeypatch):
     """Other readings and bf16 on real images, 2,000 of them: not MNIST any more, and every table says so."""
     monkeypatch.setenv("COLUMNS", "400")
