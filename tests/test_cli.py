@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -256,10 +257,10 @@ def test_a_slice_of_mnist_from_files_to_diff(data_root, tmp_path, capsys, monkey
     assert code == 0 and "not comparable: another config (labels stratified, hidden_dim 64, loss_over all)" in out, err
 
 
-def make(*arguments: str) -> subprocess.CompletedProcess:
+def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "DATA")}
     environment["COLUMNS"] = "400"  # no line of a table is wrapped
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
+    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, env=environment)
 
 
 def test_make_alone_lists_every_target():
@@ -275,6 +276,21 @@ def test_a_new_yaml_file_is_a_new_target(tmp_path):
     (tmp_path / "segma/configs/my-own.yaml").write_text("# Something of mine.\n")
     out = subprocess.run(["make"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "make segma-my-own" in out and "Something of mine." in out
+
+
+def test_a_line_of_make_pending_trains_and_evaluates_with_the_flags_that_make_was_given(checkout):
+    """FLAGS and DATASET with quotes and spaces in them come through; the line itself runs in a shell."""
+    pending, how = ("pending", "COMMANDS=1", f"PYTHON={sys.executable}"), ("EPOCHS=1", "THREADS=1", "PRECISION=bf16")
+    done = make(*pending, *how, "UNOFFICIAL=1", "FLAGS=--hidden-dim 32 --save-every '9'", cwd=checkout)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and not done.stderr, done.stderr
+    subprocess.run(lines[1], shell=True, cwd=checkout, check=True, capture_output=True)
+    made = json.loads((checkout / "runs/segma/digits/seed1-hidden-dim-32/eval.json").read_text())
+    assert (made["seed"], made["config"]["hidden_dim"], made["config"]["epochs"]) == (1, 32, 1)
+    assert made["provenance"]["precision"] == "bf16" and made["provenance"]["epochs"] == 1
+    done = make(*pending, "DATASET=folder:/my own", "UNOFFICIAL=1", "FLAGS=--precision bf16", cwd=checkout)
+    given = "--unofficial-data --dataset 'folder:/my own' --precision bf16"
+    assert all(half.strip().endswith(given) for line in done.stdout.splitlines() for half in line.split("&&"))
 
 
 def test_make_trains_evaluates_and_prints_the_diff(tmp_path):
