@@ -1,5 +1,6 @@
 """The command lines as a person types them: help, mistakes, kills, a full disk, make."""
 
+import csv
 import itertools
 import json
 import os
@@ -255,6 +256,25 @@ def test_a_slice_of_mnist_from_files_to_diff(data_root, tmp_path, capsys, monkey
     assert code == 0 and "FID left out: mnist has fewer images" in out, err
     code, out, err = call(diff.main, "show", "--experiment", "mnist", "--runs", tmp_path / "runs", capsys=capsys)
     assert code == 0 and "not comparable: another config (labels stratified, hidden_dim 64, loss_over all)" in out, err
+
+
+def test_tensorboard_has_the_numbers_of_the_log_each_epoch_once(tmp_path):
+    """Also after a power cut: epochs 2 and 3 were written for TensorBoard, but the checkpoint is that of epoch 1."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard here")
+    folder, how = tmp_path / TINY_FOLDER, ["--runs", tmp_path, "--tensorboard"]
+    assert run_command(*RUN, *how, "--epochs", "1")[0] == 0
+    shutil.copy(folder / "checkpoint.pt", tmp_path)
+    assert run_command(*RUN, *how, "--epochs", "3")[0] == 0
+    shutil.copy(tmp_path / "checkpoint.pt", folder)
+    assert run_command(*RUN, *how, "--epochs", "3")[0] == 0
+    with open(folder / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    board = events.EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert len(rows) == 3 and {*board.Tags()["scalars"], "epoch"} == rows[0].keys()
+    for name in board.Tags()["scalars"]:
+        found = {event.step: event.value for event in board.Scalars(name)}
+        assert len(board.Scalars(name)) == 3
+        assert found == pytest.approx({int(row["epoch"]): float(row[name]) for row in rows}, rel=1e-6)  # float32
 
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
