@@ -477,7 +477,7 @@ def main(argv: list[str] | None = None) -> None:
             raise run.RunFailed(f"out of date: {names}; run make results")
     else:
         flags = [f"--{key}={value}" for key in (*passed, "runs") if (value := getattr(options, key))]
-        rows, lines = pending(names, runs, [*flags, *options.flags])
+        rows, lines = pending(names, runs, [*options.flags, *flags])  # as common.farm expects them
         print(as_text(rows) if what == "pending" else "\n".join(lines))
 
 
