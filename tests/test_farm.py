@@ -127,7 +127,7 @@ def slurm(tmp_path, monkeypatch):
     up.wait(60)
 
 
-def until(wanted, seconds: float = 120.0):
+def until(wanted, seconds: float = 600.0):
     """What `wanted` returns, once that is true."""
     end = time.monotonic() + seconds
     while not (found := wanted()):
