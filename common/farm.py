@@ -62,7 +62,7 @@ class Seed:
 def table(folder: Path) -> dict[str, list[str]]:
     """Of each seed's last job: queued, running, done or failed; the seed; the last line of its log; the log."""
     if (told := subprocess.run(JOBS[folder.name], capture_output=True, text=True)).returncode:
-        raise RunFailed(f"{told.args[0]} does not say which jobs there are ({told.stderr})")
+        raise RunFailed(f"{told.args[0]} does not say which jobs there are ({told.stderr.strip()})")
     slurm, rows = folder.name == "slurm", {}
     states = dict(line.split(maxsplit=1) for line in told.stdout.splitlines() if slurm or "submitit" in line)
     for path in sorted(folder.glob("*_submitted.pkl"), key=os.path.getmtime):

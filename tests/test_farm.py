@@ -95,6 +95,15 @@ def test_without_submitit_it_says_how_to_install_it(tmp_path):
     assert code == 2 and err == "error: submitit is not installed; pip install -e '.[cluster]'\n"
 
 
+def test_a_queue_that_does_not_answer_is_no_empty_queue(tmp_path):
+    """Else the jobs that run would be shown as failed, and be queued again."""
+    for name in ("sbatch", "squeue"):
+        (tmp_path / name).write_text("#!/bin/sh\necho socket timed out >&2; exit 1\n")
+        (tmp_path / name).chmod(0o755)
+    code, out, err = farm("", tmp_path, "--engine", "slurm", "--status", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (code, out) == (1, "") and err == "failed: squeue does not say which jobs there are (socket timed out)\n"
+
+
 def test_a_file_system_without_flock_or_unseen_by_the_nodes(tmp_path, monkeypatch):
     from common import farm as module
     from common.run import UserError
