@@ -26,8 +26,8 @@ $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))),$(if $(
 comma := ,
 $(if $(or $(findstring $(comma),$(SEEDS)),$(if $(strip $(SEEDS)),,empty)),$(error SEEDS="$(SEEDS)": expected whole numbers between spaces, as SEEDS="0 1 2"))
 
-WHERE = --data "$(DATA)" --runs "$(RUNS)" --device $(DEVICE) --threads $(THREADS) $(if $(UNOFFICIAL),--unofficial-data) $(if $(INCEPTION),--inception "$(INCEPTION)")
-HOW = --precision $(PRECISION) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DATASET),--dataset "$(DATASET)") $(FLAGS)
+HOW = --data "$(DATA)" --runs "$(RUNS)" --device $(DEVICE) --threads $(THREADS) --precision $(PRECISION) $(if $(INCEPTION),--inception "$(INCEPTION)")
+MORE = $(if $(UNOFFICIAL),--unofficial-data) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DATASET),--dataset "$(DATASET)") $(FLAGS)
 CONFIGS := $(sort $(wildcard */configs/*.yaml))
 TARGETS := $(foreach c,$(CONFIGS),$(firstword $(subst /, ,$(c)))-$(basename $(notdir $(c))))
 SEEDED := $(foreach t,$(TARGETS),$(SEEDS:%=$(t)@%))
@@ -85,8 +85,8 @@ LAST = $(if $(findstring -,$(EXPERIMENT)),$(lastword $(subst -, ,$(EXPERIMENT)))
 MODULE = $(or $(and $(LAST),$(wildcard $(PAPER)/$(LAST).py),$(LAST)),train)
 
 $(SEEDED): $(READY)
-	@"$(PYTHON)" -m $(PAPER).$(MODULE) $(EXPERIMENT) --seed $(THIS_SEED) $(WHERE) $(HOW)
-	@"$(PYTHON)" -m $(PAPER).eval $(EXPERIMENT) --seed $(THIS_SEED) $(WHERE) $(HOW)
+	@"$(PYTHON)" -m $(PAPER).$(MODULE) $(EXPERIMENT) --seed $(THIS_SEED) $(HOW) $(MORE)
+	@"$(PYTHON)" -m $(PAPER).eval $(EXPERIMENT) --seed $(THIS_SEED) $(HOW) $(MORE)
 
 $(TARGETS):
 	@"$(PYTHON)" -m common.diff show $(PAPER) --experiment $(EXPERIMENT) --runs "$(RUNS)"
@@ -117,14 +117,13 @@ diff: $(READY)
 results: $(READY)
 	@"$(PYTHON)" -m common.diff collect --runs "$(RUNS)"
 
-AS_COMMANDS = commands --data "$(DATA)" --threads $(THREADS) --precision $(PRECISION) --device $(DEVICE) $(if $(INCEPTION),--inception "$(INCEPTION)")
+AS_COMMANDS = "$(PYTHON)" -m common.diff commands $(HOW) --flags='$(subst ','\'',$(MORE))'
 
 pending: $(READY)
-	@"$(PYTHON)" -m common.diff $(if $(COMMANDS),$(AS_COMMANDS),pending) --runs "$(RUNS)"
+	@$(if $(COMMANDS),$(AS_COMMANDS),"$(PYTHON)" -m common.diff pending --runs "$(RUNS)")
 
 farm: $(READY)
-	@$(if $(STATUS),,"$(PYTHON)" -m common.diff $(AS_COMMANDS) --runs "$(RUNS)" |) \
-	  "$(PYTHON)" -m common.farm --engine $(ENGINE) --jobs $(JOBS) --time $(TIME) --runs "$(RUNS)" $(if $(STATUS),--status)
+	@$(if $(STATUS),,$(AS_COMMANDS) |) "$(PYTHON)" -m common.farm --engine $(ENGINE) --jobs $(JOBS) --time $(TIME) --runs "$(RUNS)" $(if $(STATUS),--status)
 
 .DEFAULT:
 	@near="$$($(NEAREST) '$@' $(COMMON) $(TARGETS) $(PAPERS) $(BENCHES))"; \

@@ -447,7 +447,7 @@ def pending(names: list[str], runs: Path, flags: list[str]) -> tuple[list[list[s
             rows += [[f"{paper}-{name}", ", ".join(seeds), line["needs"], cost, here]] if seeds else []
             for seed in seeds:
                 train = [f"{paper}.{module}", name.removesuffix(f"-{module}"), "--seed", seed, *flags]
-                evaluate = [f"{paper}.eval", name, "--seed", seed, *(f for f in flags if "--precision" not in f)]
+                evaluate = [f"{paper}.eval", name, "--seed", seed, *(f for f in flags if "--precision=" not in f)]
                 lines.append((rank, " && ".join(shlex.join([sys.executable, "-m", *w]) for w in (train, evaluate))))
     return rows, [line for _, line in sorted(lines, key=lambda ranked: ranked[0])]
 
@@ -461,6 +461,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=run.as_path, default=Path("runs"))
     for flag in (passed := ("data", "device", "threads", "inception", "precision")):
         parser.add_argument(f"--{flag}", help="commands: passed on")
+    parser.add_argument("--flags", type=shlex.split, default=[], help="commands: any others, as --flags='--epochs 2'")
     options = parser.parse_all(argv)
     what, only, runs = options.what, options.experiment, options.runs
     for paper in set(options.papers) - set(papers()):
@@ -478,7 +479,7 @@ def main(argv: list[str] | None = None) -> None:
             raise run.RunFailed(f"out of date: {names}; run make results")
     else:
         flags = [f"--{key}={value}" for key in (*passed, "runs") if (value := getattr(options, key))]
-        rows, lines = pending(names, runs, flags)
+        rows, lines = pending(names, runs, [*options.flags, *flags])  # as common.farm expects them
         print(as_text(rows) if what == "pending" else "\n".join(lines))
 
 

@@ -1,6 +1,7 @@
 """What the tests share: the real command lines, a tiny experiment, and the data folder where there is one."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,17 @@ def trained(tmp_path_factory) -> Path:
     code, out, err = run_command("segma.eval", *arguments)
     assert code == 0, err
     return runs
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of this repository with one paper, SeGMA, and no results. Two seeds of its digits are pending."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    subprocess.run(["cp", "-r", "Makefile", "README.md", "common", "segma", folder], cwd=ROOT, check=True)
+    shutil.rmtree(folder / "segma/results")
+    (folder / "segma/pending.csv").write_text("experiment,seeds,needs,hours\ndigits,2,nothing,0.1\n")
+    return folder
 
 
 def slope(loss, parameter: torch.Tensor, index: int, step: float = 1e-5) -> float:

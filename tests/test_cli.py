@@ -1,5 +1,6 @@
 """The command lines as a person types them: help, mistakes, kills, a full disk, make."""
 
+import csv
 import importlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -326,10 +328,29 @@ def test_a_folder_of_images_may_move(tmp_path, capsys):
     assert code == 2 and "trained on folder:there with digest" in err and err.count("\n") == 1
 
 
-def make(*arguments: str) -> subprocess.CompletedProcess:
+def test_tensorboard_has_the_numbers_of_the_log_each_epoch_once(tmp_path):
+    """Also after a power cut: epochs 2 and 3 were written for TensorBoard, but the checkpoint is that of epoch 1."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard here")
+    folder, how = tmp_path / TINY_FOLDER, ["--runs", tmp_path, "--tensorboard"]
+    assert run_command(*RUN, *how, "--epochs", "1")[0] == 0
+    shutil.copy(folder / "checkpoint.pt", tmp_path)
+    assert run_command(*RUN, *how, "--epochs", "3")[0] == 0
+    shutil.copy(tmp_path / "checkpoint.pt", folder)
+    assert run_command(*RUN, *how, "--epochs", "3")[0] == 0
+    with open(folder / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    board = events.EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert len(rows) == 3 and {*board.Tags()["scalars"], "epoch"} == rows[0].keys()
+    for name in board.Tags()["scalars"]:
+        found = {event.step: event.value for event in board.Scalars(name)}
+        assert len(board.Scalars(name)) == 3
+        assert found == pytest.approx({int(row["epoch"]): float(row[name]) for row in rows}, rel=1e-6)  # float32
+
+
+def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "DATA")}
     environment["COLUMNS"] = "400"  # no line of a table is wrapped
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
+    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, env=environment)
 
 
 def test_make_alone_lists_every_target():
@@ -367,6 +388,21 @@ def test_a_new_yaml_file_is_a_new_target(tmp_path):
     (tmp_path / "segma/configs/my-own.yaml").write_text("# Something of mine.\n")
     out = subprocess.run(["make"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "make segma-my-own" in out and "Something of mine." in out
+
+
+def test_a_line_of_make_pending_trains_and_evaluates_with_the_flags_that_make_was_given(checkout):
+    """FLAGS and DATASET with quotes and spaces in them come through; the line itself runs in a shell."""
+    pending, how = ("pending", "COMMANDS=1", f"PYTHON={sys.executable}"), ("EPOCHS=1", "THREADS=1", "PRECISION=bf16")
+    done = make(*pending, *how, "UNOFFICIAL=1", "FLAGS=--hidden-dim 32 --save-every '9'", cwd=checkout)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and not done.stderr, done.stderr
+    subprocess.run(lines[1], shell=True, cwd=checkout, check=True, capture_output=True)
+    made = json.loads((checkout / "runs/segma/digits/seed1-hidden-dim-32/eval.json").read_text())
+    assert (made["seed"], made["config"]["hidden_dim"], made["config"]["epochs"]) == (1, 32, 1)
+    assert made["provenance"]["precision"] == "bf16" and made["provenance"]["epochs"] == 1
+    done = make(*pending, "DATASET=folder:/my own", "UNOFFICIAL=1", "FLAGS=--precision bf16", cwd=checkout)
+    given = " digits --seed 1 --unofficial-data --dataset 'folder:/my own' --precision bf16 --data"
+    assert all(given in half for half in done.stdout.splitlines()[1].split("&&"))
 
 
 def test_make_trains_evaluates_and_prints_the_diff(tmp_path):

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -245,6 +247,22 @@ def test_two_that_collect_at_once_lose_nothing(house, monkeypatch):
     for thread in threads:
         thread.join()
     assert seeds(house) == [0, 1]
+
+
+def test_two_commands_that_collect_at_once_lose_nothing(checkout):
+    """Two real processes, both let go at the same moment: the results' lock is held until both wait for it."""
+    (checkout / "runs").mkdir()
+    both = []
+    with run.locked(checkout / "runs/.results.lock", "held by another test"):
+        for seed in (0, 1):
+            put(checkout / f"mine{seed}", record(seed=seed))
+            argv = [sys.executable, "-u", "-m", "common.diff", "collect", "--runs", f"mine{seed}"]
+            both.append(subprocess.Popen(argv, cwd=checkout, stdout=subprocess.PIPE, text=True))
+        for process in both:
+            assert process.stdout.readline() == "another process collects results: waiting for it\n"
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert seeds(checkout) == [0, 1] and any("digits.json: seeds 0, 1\n" in out for out in said)
 
 
 def test_copies_and_folders_of_another_name_count_once(house, capsys):

@@ -1,5 +1,6 @@
 """Seeds as jobs: on this machine, and on a real SLURM where `tests/slurm/up` can start one."""
 
+import json
 import os
 import re
 import subprocess
@@ -52,7 +53,27 @@ def test_two_seeds_here_and_a_wrong_flag_that_fails_alone(tmp_path):
     }
     state = state_in(runs / "segma/digits/seed0")
     assert state["epoch"] == 1 and state["sessions"][0]["git_dirty"] is False  # in its worktree
-    assert farm("", runs, "--status")[1].endswith(out.partition(":\n")[2])
+    assert farm("", runs, "--status")[1] == out[out.index("state ") :]
+
+
+def test_make_farm_trains_and_evaluates_with_the_flags_that_make_was_given(checkout):
+    """A seed with other flags is another run, in the same table. The code is the commit's, not what lies there."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=b", "-C", checkout]
+    (checkout / ".gitignore").write_text("runs/\n")
+    (checkout / "segma/pending.csv").write_text("experiment,seeds,needs,hours\ndigits,1,nothing,0.1\n")
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], check=True)
+    (checkout / "segma/train.py").write_text("not Python")
+    make = ["make", "farm", f"PYTHON={sys.executable}", "THREADS=1", "EPOCHS=1"]
+    environment = {key: value for key, value in os.environ.items() if "MAKE" not in key} | {"COLUMNS": "400"}
+    for flags in ("--hidden-dim 32", "--hidden-dim 24"):
+        done = subprocess.run([*make, f"FLAGS={flags}"], cwd=checkout, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and "without your uncommitted changes" in done.stdout, done.stdout + done.stderr
+    for size in (24, 32):
+        assert re.search(rf"done +segma.train digits --seed 0 --epochs 1 --hidden-dim {size}  ", done.stdout)
+        made = json.loads((checkout / f"runs/segma/digits/seed0-hidden-dim-{size}/eval.json").read_text())
+        assert (made["config"]["hidden_dim"], made["provenance"]["epochs"]) == (size, 1)
+        assert made["provenance"]["git_dirty"] is made["provenance"]["evaluation"]["git_dirty"] is False
 
 
 @pytest.mark.parametrize(
@@ -66,6 +87,21 @@ def test_two_seeds_here_and_a_wrong_flag_that_fails_alone(tmp_path):
 def test_bad_input_is_one_line_before_anything_is_queued(tmp_path, flags, lines, complaint):
     code, out, err = farm(lines, tmp_path, *flags, PATH="/nowhere")
     assert code == 2 and err.count("\n") == 1 and complaint in err and not list(tmp_path.rglob("*.pkl"))
+
+
+def test_without_submitit_it_says_how_to_install_it(tmp_path):
+    (tmp_path / "submitit.py").write_text("raise ImportError")
+    code, _, err = farm("x\n", tmp_path, PYTHONPATH=str(tmp_path))
+    assert code == 2 and err == "error: submitit is not installed; pip install -e '.[cluster]'\n"
+
+
+def test_a_queue_that_does_not_answer_is_no_empty_queue(tmp_path):
+    """Else the jobs that run would be shown as failed, and be queued again."""
+    for name in ("sbatch", "squeue"):
+        (tmp_path / name).write_text("#!/bin/sh\necho socket timed out >&2; exit 1\n")
+        (tmp_path / name).chmod(0o755)
+    code, out, err = farm("", tmp_path, "--engine", "slurm", "--status", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (code, out) == (1, "") and err == "failed: squeue does not say which jobs there are (socket timed out)\n"
 
 
 def test_a_file_system_without_flock_or_unseen_by_the_nodes(tmp_path, monkeypatch):
@@ -100,7 +136,7 @@ def slurm(tmp_path, monkeypatch):
     up.wait(60)
 
 
-def until(wanted, seconds: float = 120.0):
+def until(wanted, seconds: float = 600.0):
     """What `wanted` returns, once that is true."""
     end = time.monotonic() + seconds
     while not (found := wanted()):
