@@ -59,6 +59,16 @@ class UserError(Ended):  # a mistake in usage, configuration or data
     code, word = 2, "error: "
 
 
+def refuse(wrong: dict[str, str]) -> None:
+    """Raise UserError with everything that is wrong, and all the flags that mend it.
+
+    wrong: what does not fit -> the flags that do, or "" where none can.
+    """
+    if wrong:
+        fits = f". What fits: {' '.join(wrong.values())}" if all(wrong.values()) else ""
+        raise UserError("; ".join(wrong) + fits)
+
+
 def exit_with(main: Callable[[], None]) -> NoReturn:
     """Call `main` and leave with the exit code and the one line that its outcome deserves."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # as after 2>&-

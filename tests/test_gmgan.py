@@ -230,7 +230,7 @@ def test_the_map_between_gaussians_and_classes():
 def test_a_map_that_is_none_is_refused(k, n, text, message):
     with pytest.raises(ValueError) as refused:
         correspondence(k, n, text)
-    assert str(refused.value).startswith("class_map: ") and message in str(refused.value)
+    assert str(refused.value).startswith("--class-map: ") and message in str(refused.value)
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
