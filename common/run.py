@@ -568,7 +568,8 @@ class Run:
         ours, theirs = self.identity | asdict(self.config), added | state["identity"] | state["config"]
         wrong = [f"{key}: a field unknown here" for key in state["config"] if key not in added]
         differing = [key for key in ours if differs(key, ours[key], theirs.get(key))]
-        wrong += [f"{key}: {theirs.get(key)!r} there, {ours[key]!r} asked for" for key in differing]
+        flags = {key: flag_of(key) for key in (*added, "seed", "precision")}  # the data's digest has none
+        wrong += [f"{flags.get(k, k)}: {theirs.get(k)!r} there, {ours[k]!r} asked for" for k in differing]
         if state["epoch"] + (state["step"] > 0) > self.config.epochs:
             wrong.append(f"{state['epoch']} epochs are done, {self.config.epochs} asked for; they can only grow")
         if wrong:

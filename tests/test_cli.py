@@ -298,9 +298,8 @@ OWN = {  # program, experiment -> flags of one's own; words of the answer for tw
         "--n-labels --labels --batch-unlabelled",
         "--label-weight --batch-unlabelled",
     ),
-    "segma.adgm digits": ("--n-components null --hidden-dim 16", "--n-labels --labels --batch-unlabelled", ""),
-    "gmgan.train digits": ("--width 4 --cluster-samples 50", "--batch-real", ""),
-    "gmgan.train signs": ("--width 4 --cluster-samples 50", "--n-classes --batch-real", ""),
+    "segma.adgm digits-adgm": ("--n-components null --hidden-dim 16", "--n-labels --labels --batch-unlabelled", ""),
+    "gmgan.train digits": ("--n-classes 9 --width 4 --cluster-samples 50", "--n-classes --batch-real", ""),
     "gan_responsibility.train digits": ("--batch 64 --n-components null", "--batch", "--n-components --batch"),
     "amm.train digits": ("", "--validation --batch", "--validation --batch"),
     "amm.train samm-digits": (
