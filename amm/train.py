@@ -161,7 +161,7 @@ def split(config: Config, data: Dataset, seed: int) -> Split:
     if held + batch > pool:
         left = f"--validation: {held} held out of {pool} training images leave fewer than a batch of {batch}"
         held = min(held, pool // 5)
-        wrong[left] = f"--validation {held} --batch {min(batch, pool - held)}"
+        wrong[left] = f"--validation {held} --batch {min(batch, pool - held)}" * (pool > 1)
     order = torch.arange(pool)
     if config.held_out == "random":
         order = torch.randperm(pool, generator=run.generator(seed, "validation"))
