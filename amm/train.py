@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from amm.model import AMM, as_input
 from amm.scores import epoch_row
 from common import graph, run
-from common.data import Dataset, choose_labels, described, load
+from common.data import Dataset, described, draw_labels, load
 from common.plots import save_grid
 from common.run import Count, Decay, NonNegative, Positive, Range
 
@@ -61,10 +61,10 @@ class Config:
     def __post_init__(self):
         described(self.dataset, SETS)
         if self.y_noise == "none" and self.y_samples != Config.y_samples:
-            raise ValueError("y_samples: of no influence without noise; leave it at 1, or take --y-noise learned")
+            raise ValueError("--y-samples: of no influence without noise; leave it at 1, or take --y-noise learned")
         if not self.semi_supervised and (self.n_labels, self.labels) != (Config.n_labels, Config.labels):
             only = f"leave them at {Config.n_labels} and {Config.labels}"
-            raise ValueError(f"n_labels, labels: of no influence without --semi-supervised true; {only}")
+            raise ValueError(f"--n-labels, --labels: of no influence without --semi-supervised true; {only}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -133,29 +133,35 @@ class Split(NamedTuple):
     priors: Tensor  # p(y), (K,)
 
 
-def check_classes(config: Config, n_classes: int) -> None:
-    """Raise UserError unless SAMM has one component a class and at least one label of each. AMM needs neither."""
+def misfits(config: Config, n_classes: int) -> dict[str, str]:
+    """For `run.refuse`: SAMM has one component a class, and at least one label of each. AMM needs neither."""
+    k, name, wrong = config.n_components, config.dataset, {}
     if not config.semi_supervised:
-        return
-    k, name = config.n_components, config.dataset
+        return wrong
     if n_classes < 2:
-        raise run.UserError(f"{name} has {n_classes} class; labels need at least 2")
+        without = f"--semi-supervised false --n-labels {Config.n_labels} --labels {Config.labels}"
+        return {f"{name} has {n_classes} class; labels need at least 2": without}
     if k != n_classes:
-        raise run.UserError(f"n_components: {k} cannot stand for the {n_classes} classes of {name}")
-    if config.n_labels < n_classes:
-        raise run.UserError(f"n_labels: {config.n_labels} labels are fewer than the {n_classes} classes of {name}")
+        wrong[f"--n-components: {k} cannot stand for the {n_classes} classes of {name}"] = f"--n-components {n_classes}"
+    if (n := config.n_labels) < n_classes:
+        fits = f"--n-labels {n_classes} --labels stratified"
+        wrong[f"--n-labels: {n} labels are fewer than the {n_classes} classes of {name}"] = fits
+    return wrong
 
 
 def split(config: Config, data: Dataset, seed: int) -> Split:
     """Training and validation images, the labelled ones, and p(y). Raises UserError where they cannot fit."""
-    check_classes(config, data.n_classes)
+    wrong = misfits(config, data.n_classes)
+    if len(data.test_images) < 2:
+        wrong[f"{data.name} has {len(data.test_images)} test image; the figures need at least 2"] = ""
     # The extra images of svhn_extra are only trained on: what is held out, and what is labelled, is of train.
-    pool, held = len(data.train_images), config.validation
+    pool, held, batch = len(data.train_images), config.validation, config.batch
     if data.name == "svhn_extra":
         pool = min(pool, SVHN_TRAIN)
-    if held + config.batch > pool:
-        left = f"leave fewer than a batch of {config.batch}"
-        raise run.UserError(f"validation: {held} held out of {pool} training images {left}")
+    if held + batch > pool:
+        left = f"--validation: {held} held out of {pool} training images leave fewer than a batch of {batch}"
+        held = min(held, pool // 5)
+        wrong[left] = f"--validation {held} --batch {min(batch, pool - held)}" * (pool > 1)
     order = torch.arange(pool)
     if config.held_out == "random":
         order = torch.randperm(pool, generator=run.generator(seed, "validation"))
@@ -163,8 +169,11 @@ def split(config: Config, data: Dataset, seed: int) -> Split:
     extra = torch.arange(pool, len(data.train_images))
     images, labels = (part[torch.cat([kept, extra])] for part in (data.train_images, data.train_labels))
     known, priors = torch.arange(0), torch.full((config.n_components,), 1 / config.n_components)
+    if config.semi_supervised and data.n_classes > 1:
+        known, lacking = draw_labels(labels[: len(kept)], config.n_labels, config.labels, data.class_names, seed)
+        wrong |= lacking if config.n_labels >= data.n_classes else {}
+    run.refuse(wrong)
     if config.semi_supervised:
-        known = choose_labels(labels[: len(kept)], config.n_labels, config.labels, data.n_classes, seed)
         priors = labels[known].bincount(minlength=config.n_components).float() / config.n_labels
     return Split(images, labels, data.train_images[out], data.train_labels[out], known, priors)
 
@@ -193,7 +202,7 @@ def train(config: Config, options: run.Options) -> Path:
         raise run.UserError("--graph: a recording keeps its learning rates, and decay_from changes them. Leave it out")
     device, seed = run.set_up(options), options.seed
     if n_classes := described(config.dataset, SETS)[1]:
-        check_classes(config, n_classes)  # before anything is downloaded
+        run.refuse(misfits(config, n_classes))  # before anything is downloaded
     data = load(config.dataset, options.data, options.unofficial_data)
     s = split(config, data, seed)
     images, known = s.images.to(device), s.known.to(device)

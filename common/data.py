@@ -7,7 +7,7 @@ Official checksums exist of every file that is read but the images of CelebA and
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from common.run import UserError, generator, locked
+from common.run import UserError, generator, locked, refuse
 
 SHA256 = {  # of the uncompressed idx files; torchvision knows the MD5s of their .gz
     "mnist": {"train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -96,7 +96,7 @@ def described(name: str, sets: dict[str, tuple[tuple[int, ...], int | None]]) ->
     kind, _, path = name.partition(":")
     if kind not in sets or (path != "") != (sets[kind][1] is None):
         names = ", ".join(f"{known}:<path>" if n is None else known for known, (_, n) in sets.items())
-        raise ValueError(f"dataset: {name!r} is not one of {names}")
+        raise ValueError(f"--dataset: {name!r} is not one of {names}")
     return sets[kind]
 
 
@@ -105,26 +105,35 @@ def official_digest(name: str) -> str | None:
     return OFFICIAL_DIGESTS.get(name)
 
 
-def choose_labels(labels: Tensor, n: int, how: str, n_classes: int, seed: int) -> Tensor:
-    """Indices (n,), ascending, of the training images whose labels are known.
+def choose_labels(labels: Tensor, n: int, how: str, classes: Sequence[str], seed: int) -> Tensor:
+    """As `draw_labels`. Raises UserError where the draw lacks anything."""
+    chosen, wrong = draw_labels(labels, n, how, classes, seed)
+    refuse(wrong)
+    return chosen
+
+
+def draw_labels(labels: Tensor, n: int, how: str, classes: Sequence[str], seed: int) -> tuple[Tensor, dict[str, str]]:
+    """Indices (n,), ascending, of the training images whose labels are known; and what they lack, for `refuse`.
 
     labels: (N,).  how: 'random' (uniform, without replacement), 'stratified' (n / n_classes of each class, the
-    remainder on classes drawn at random) or 'first' (the first n in file order).
-    Raises UserError where n exceeds the data, or the draw misses a class.
+    remainder on classes drawn at random) or 'first' (the first n in file order).  classes: their names.
     """
+    k, wrong = len(classes), {}
     shuffled = torch.randperm(len(labels), generator=generator(seed, "labels"))
     chosen = torch.arange(len(labels))[:n] if how == "first" else shuffled[:n]
     if how == "stratified":
-        quota = torch.full((n_classes,), n // n_classes)
-        quota[torch.randperm(n_classes, generator=generator(seed, "remainder"))[: n % n_classes]] += 1
-        chosen = torch.cat([shuffled[labels[shuffled] == c][: quota[c]] for c in range(n_classes)])
+        quota = torch.full((k,), n // k)
+        quota[torch.randperm(k, generator=generator(seed, "remainder"))[: n % k]] += 1
+        chosen = torch.cat([shuffled[labels[shuffled] == c][: quota[c]] for c in range(k)])
+    fitting = k * int(labels.bincount(minlength=k).min())  # a stratified draw finds so many
+    fits = f"--n-labels {max(k, min(n, fitting))} --labels stratified" if fitting else ""
     if len(chosen) < n:
         found = f"the training set has {len(labels)} images, and the {how} draw finds {len(chosen)}"
-        raise UserError(f"n_labels: {n} labels asked for, but {found}")
-    if missing := ", ".join(str(c) for c in range(n_classes) if c not in labels[chosen]):
-        draw = f"labels: the {how} draw of {n} labels (seed {seed}) has none of class {missing}; its prior would be 0"
-        raise UserError(f"{draw}. Use --labels stratified, another --seed, or more --n-labels")
-    return chosen.sort().values
+        wrong[f"--n-labels: {n} labels asked for, but {found}"] = fits
+    elif missing := ", ".join(name for c, name in enumerate(classes) if c not in labels[chosen]):
+        draw = f"--labels: the {how} draw of {n} labels (seed {seed})"
+        wrong[f"{draw} has none of class {missing}; its prior would be 0"] = fits
+    return chosen.sort().values, wrong
 
 
 def _digits(name: str, root: Path, unofficial: bool) -> Dataset:
@@ -254,9 +263,9 @@ def _classes(folder: Path, least: int) -> dict[str, list[Path]]:
     """Class name -> its images, also those in folders within; both sorted. What is hidden holds none."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    classes = {}
+    classes, endings = {}, (*IMG_EXTENSIONS, ".gif", ".heic", ".heif", ".avif", ".jfif")  # what PIL cannot read is told
     for place in sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith(HIDDEN)):
-        found = (path for path in place.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and not path.is_dir())
+        found = (path for path in place.rglob("*") if path.suffix.lower() in endings and not path.is_dir())
         shown = (path for path in found if not any(p.startswith(HIDDEN) for p in path.relative_to(place).parts))
         classes[place.name.encode(errors="backslashreplace").decode()] = sorted(shown)  # a name need not be UTF-8
     if few := ", ".join(label for label, files in classes.items() if len(files) < least) or ("" if classes else "none"):
@@ -288,7 +297,8 @@ def _decode(folder: Path, paths: list[Path], shape: tuple, size: tuple | None = 
     with ThreadPool() as pool:  # threads will do, since PIL lets go of Python's lock
         failed = [*filter(None, tqdm(pool.imap(read, range(n), 16), total=n, unit="image", disable=None))]
     if failed:
-        raise UserError(f"{folder}: {len(failed):,} of {n:,} images cannot be used: {', '.join(failed[:3])}")
+        told = ", ".join(failed[:10]) + f" and {len(failed) - 10:,} more" * (len(failed) > 10)
+        raise UserError(f"{folder}: {len(failed):,} of {n:,} images cannot be used: {told}. Replace or remove them")
     return pixels
 
 

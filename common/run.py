@@ -59,6 +59,16 @@ class UserError(Ended):  # a mistake in usage, configuration or data
     code, word = 2, "error: "
 
 
+def refuse(wrong: dict[str, str]) -> None:
+    """Raise UserError with everything that is wrong, and all the flags that mend it.
+
+    wrong: what does not fit -> the flags that do, or "" where none can.
+    """
+    if wrong:
+        fits = f". What fits: {' '.join(wrong.values())}" if all(wrong.values()) else ""
+        raise UserError("; ".join(wrong) + fits)
+
+
 def exit_with(main: Callable[[], None]) -> NoReturn:
     """Call `main` and leave with the exit code and the one line that its outcome deserves."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # as after 2>&-
@@ -558,7 +568,8 @@ class Run:
         ours, theirs = self.identity | asdict(self.config), added | state["identity"] | state["config"]
         wrong = [f"{key}: a field unknown here" for key in state["config"] if key not in added]
         differing = [key for key in ours if differs(key, ours[key], theirs.get(key))]
-        wrong += [f"{key}: {theirs.get(key)!r} there, {ours[key]!r} asked for" for key in differing]
+        flags = {key: flag_of(key) for key in (*added, "seed", "precision")}  # the data's digest has none
+        wrong += [f"{flags.get(k, k)}: {theirs.get(k)!r} there, {ours[k]!r} asked for" for k in differing]
         if state["epoch"] + (state["step"] > 0) > self.config.epochs:
             wrong.append(f"{state['epoch']} epochs are done, {self.config.epochs} asked for; they can only grow")
         if wrong:

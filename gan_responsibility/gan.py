@@ -50,7 +50,7 @@ class Config(train.Task):
     def __post_init__(self):
         super().__post_init__()
         if self.dataset == "toy":
-            raise ValueError("dataset: the toy is for the proposed system alone")
+            raise ValueError("--dataset: the toy is for the proposed system alone")
 
     def build(self) -> GAN:
         return GAN(self)

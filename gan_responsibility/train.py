@@ -85,7 +85,7 @@ class Config(Task):
     def __post_init__(self):
         super().__post_init__()
         if self.classifier_moves_encoder and self.classifier != "shared":
-            raise ValueError("classifier_moves_encoder: a stand-alone classifier shares no encoder")
+            raise ValueError("--classifier-moves-encoder: a stand-alone classifier shares no encoder")
 
     def build(self) -> Responsibility:
         return Responsibility(self)
@@ -153,8 +153,6 @@ def train(config: Task, options: run.Options, step: Callable = train_step) -> Pa
     whole = read(config, options)
     data = prepared(whole, config)
     if config.n_components is None:
-        if data.n_classes < 2:
-            raise run.UserError(f"n_components: {data.name} has one class; a mixture needs two: give --n-components")
         config = replace(config, n_components=data.n_classes)
     images = data.train_images.to(device)
     scorer = Scorer.find(data, options, device)
@@ -212,13 +210,20 @@ def prepared(data: Dataset, config: Task) -> Dataset:
         train, test = thinned(data.train_labels), thinned(data.test_labels)
         data = replace(data, train_images=data.train_images[train], train_labels=data.train_labels[train])
         data = replace(data, test_images=data.test_images[test], test_labels=data.test_labels[test])
+    wrong, n, held, batch = {}, len(data.train_images), config.validation, config.batch
+    if config.n_components is None and data.n_classes < 2:
+        wrong[f"--n-components: {data.name} has one class; a mixture needs two"] = "--n-components 2"
+    if batch > n - held:
+        fit = min(held, n // 5)
+        flags = f"--validation {fit} " * (held > fit) + f"--batch {min(batch, n - fit)}"
+        without = f" without the {held} of --validation" if held else ""
+        wrong[f"--batch: {batch} is more than the {n} training images{without}"] = flags if n > 1 else ""
+    run.refuse(wrong)
     if config.validation:
         order = torch.randperm(len(data.train_images), generator=run.generator(0, "validation"))
         held, rest = order[: config.validation], order[config.validation :]
         data = replace(data, test_images=data.train_images[held], test_labels=data.train_labels[held])
         data = replace(data, train_images=data.train_images[rest], train_labels=data.train_labels[rest])
-    if config.batch > (n := len(data.train_images)):
-        raise run.UserError(f"batch: {config.batch} is more than the {n} training images; use --batch {n} or less")
     return data
 
 

@@ -30,7 +30,7 @@ class Config(Task):
     def __post_init__(self):
         super().__post_init__()
         if len(self.shape) == 1:
-            raise ValueError(f"dataset: {self.dataset} has no images")
+            raise ValueError(f"--dataset: {self.dataset} has no images")
 
     def build(self) -> nn.Module:
         return KMeansAutoencoder(self)

@@ -188,16 +188,16 @@ def correspondence(n_components: int, n_classes: int, text: str | None) -> tuple
         try:
             chosen = [int(part) for part in text.split(",")]
         except ValueError:
-            raise ValueError(f"class_map: expected integers with commas, one for each {of}, found {text!r}") from None
+            raise ValueError(f"--class-map: expected integers with commas, one for each {of}, found {text!r}") from None
     if len(chosen) != size:
         plural = "classes" if of == "class" else "Gaussians"
-        raise ValueError(f"class_map: names {len(chosen)} {plural}, expected {size}: K = {k}, N = {n}")
+        raise ValueError(f"--class-map: names {len(chosen)} {plural}, expected {size}: K = {k}, N = {n}")
     wrong = [value for value in chosen if not 0 <= value < values]
     if wrong:
-        raise ValueError(f"class_map: {to} {wrong[0]} does not exist; expected 0 … {values - 1}")
+        raise ValueError(f"--class-map: {to} {wrong[0]} does not exist; expected 0 … {values - 1}")
     missing = sorted(set(range(values)) - set(chosen))
     if missing:
-        raise ValueError(f"class_map: leaves {to} {', '.join(map(str, missing))} without a {of}")
+        raise ValueError(f"--class-map: leaves {to} {', '.join(map(str, missing))} without a {of}")
     mapped, own = torch.tensor(chosen), torch.arange(values)
     return (mapped, own) if k >= n else (own, mapped)
 

@@ -57,11 +57,11 @@ class Task:
         described(self.dataset, SETS)
         named = self.classes.split(",") if self.classes is not None else []
         if self.classes is not None and self.n_classes not in (None, len(named)):
-            raise ValueError(f"n_classes: {self.n_classes}, but classes names {len(named)}; give one of them")
+            raise ValueError(f"--n-classes: {self.n_classes}, but --classes names {len(named)}; give one of them")
         if "" in named or len(set(named)) < len(named):
-            raise ValueError(f"classes: expected different names with commas, found {self.classes!r}")
+            raise ValueError(f"--classes: expected different names with commas, found {self.classes!r}")
         if self.dataset in toy.VARIANCE and (self.classes or self.n_classes):
-            raise ValueError("classes, n_classes: the toy is judged against all its nine Gaussians; it has no subset")
+            raise ValueError("--classes, --n-classes: the toy is judged against all nine Gaussians; it has no subset")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,7 +88,7 @@ class GanConfig(Task):
     def __post_init__(self):
         super().__post_init__()
         if len(self.shape) == 1 and (self.dense_units or self.purity_every):
-            raise ValueError("dense_units, purity_every: the toy has no images, for which these are")
+            raise ValueError("--dense-units, --purity-every: the toy has no images, for which these are")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Config(GanConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.class_map and not self.supervised:
-            raise ValueError("class_map: of no influence without --supervised true")
+            raise ValueError("--class-map: of no influence without --supervised true")
         if self.supervised and self.class_count > 1:  # else N stands in a folder that was not read yet
             correspondence(self.components, self.class_count, self.class_map)
 
@@ -182,18 +182,20 @@ def load_data(config: Task, options: run.Options) -> tuple[Task, Dataset]:
     name = config.dataset
     data = toy.dataset(name) if name in toy.VARIANCE else load(name, options.data, options.unofficial_data)
     wanted = config.classes.split(",") if config.classes else list(data.class_names[: config.n_classes])
-    for name in wanted:
-        if name not in data.class_names:
-            raise run.UserError(f"classes: {data.name} has no class {name!r}{run.nearest(name, data.class_names)}")
-    if config.n_classes and len(wanted) < config.n_classes:
-        raise run.UserError(f"n_classes: {config.n_classes} asked for, but {data.name} has {data.n_classes} classes")
+    if strange := [name for name in wanted if name not in data.class_names]:
+        close = "; ".join(f"no class {name!r}{run.nearest(name, data.class_names)}" for name in strange)
+        raise run.UserError(f"--classes: {data.name} has {close}")
     if len(wanted) < 2:
         raise run.UserError(f"{data.name}: {len(wanted)} class is left; clustering and the scores need at least 2")
     if wanted != list(data.class_names):
         data = narrowed(data, [data.class_names.index(name) for name in wanted])
-    if config.batch_real > len(data.train_images):
-        n = len(data.train_images)
-        raise run.UserError(f"batch_real: {config.batch_real} is more than the {n} training images")
+    wrong, n = {}, len(data.train_images)
+    if config.n_classes and len(wanted) < config.n_classes:
+        asked = f"--n-classes: {config.n_classes} asked for, but {data.name} has {data.n_classes} classes"
+        wrong[asked] = f"--n-classes {len(wanted)}"
+    if config.batch_real > n:
+        wrong[f"--batch-real: {config.batch_real} is more than the {n} training images"] = f"--batch-real {n}"
+    run.refuse(wrong)
     if config.class_count != len(wanted):
         try:
             config = replace(config, n_classes=len(wanted))

@@ -77,7 +77,7 @@ def table_ii(model: GenerativeModel, data: Dataset, z: Tensor, seed: int) -> dic
     z: (n, D), the codes of the test images.
     """
     config = model.config
-    known = choose_labels(data.train_labels, config.n_labels, config.labels, data.n_classes, seed)
+    known = choose_labels(data.train_labels, config.n_labels, config.labels, data.class_names, seed)
     images, labels = as_input(data.train_images[known]), data.train_labels[known]
     return {
         "test_error": error_rate(model.classify(z).cpu(), data.test_labels),
@@ -293,8 +293,8 @@ def one_of(class_: int, classes: Tensor, generator: torch.Generator) -> int:
 
 
 def other_than(class_: int, n: int, generator: torch.Generator) -> int:
-    """A random one of the n - 1 other classes."""
-    return (class_ + 1 + int(torch.randint(n - 1, (1,), generator=generator))) % n
+    """A random one of the n - 1 other classes; the class itself where it is the only one."""
+    return (class_ + 1 + int(torch.randint(max(1, n - 1), (1,), generator=generator))) % n
 
 
 def shows_originals(data: Dataset) -> bool:
@@ -317,11 +317,13 @@ def with_originals(
 
 
 def interpolations(model: GenerativeModel, data: Dataset, z: Tensor, generator: torch.Generator, path: Path) -> None:
-    """Figure 6: nine steps from a test image to one of another class. The first row is from 6 to 9, as in the paper."""
+    """Figure 6: nine steps from a test image to one of another class, if there is one. Row 1: 6 to 9, as there."""
     n, names, real = data.n_classes, data.class_names, shows_originals(data)
     pairs = [(s, other_than(s, n, generator)) for s in range(n)]
     pairs[0] = (6, 9) if n == 10 else pairs[0]
     first, last = (torch.tensor([one_of(pair[i], data.test_labels, generator) for pair in pairs]) for i in (0, 1))
+    if n == 1:  # to another image of the same
+        last = torch.tensor([other_than(int(first), len(data.test_images), generator)])
     steps = torch.linspace(0, 1, 9, device=z.device)
     line = z[first][:, None] + steps[None, :, None] * (z[last] - z[first])[:, None]
     images = with_originals(model, data, first, line, last)
@@ -334,7 +336,7 @@ def style_transfers(model: GenerativeModel, data: Dataset, z: Tensor, generator:
     k, names, real, assigned = len(model.means), data.class_names, shows_originals(data), model.classify(z)
     chosen = torch.tensor([one_of(s, assigned, generator) for s in range(k)])
     source = assigned[chosen]
-    target = torch.tensor([other_than(s, k, generator) for s in range(k)]).to(z.device)
+    target = torch.tensor([other_than(s, k, generator) for s in source.tolist()]).to(z.device)
     steps = torch.linspace(0, 1, 9, device=z.device).tolist()
     moved = torch.stack([transfer_style(z[chosen], source, target, model.means, t) for t in steps], 1)
     formula = "z + t (μ_t - μ_s), eq. (10), Fig. 7" if isinstance(model, SeGMA) else "the class alone moves, Fig. 7"
@@ -379,6 +381,8 @@ def geometry(details: dict, names: Sequence[str], folder: Path) -> None:
     text = [["" if i == j else f"{d:.2f}" for j, d in enumerate(row)] for i, row in enumerate(distances)]
     title = "Distances between the means"
     save_matrix(torch.tensor(distances), folder / "means.png", names, title, text, "‖μ_k - μ_l‖")
+    if len(names) < 3:
+        return
     shares = torch.zeros(len(names), len(names))
     text = [[""] * len(names) for _ in names]
     for i, j in combinations(range(len(names)), 2):

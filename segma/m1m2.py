@@ -42,7 +42,7 @@ class Config(Task):
         super().__post_init__()
         if self.m1_epochs >= self.epochs:
             left = f"{self.m1_epochs} of {self.epochs} epochs leave none for M2"
-            raise ValueError(f"m1_epochs: {left}; give fewer, or more --epochs")
+            raise ValueError(f"--m1-epochs: {left}; give fewer, or more --epochs")
 
     def build(self) -> nn.Module:
         return M1M2(self)

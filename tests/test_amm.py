@@ -802,7 +802,7 @@ def test_the_split_and_the_labelled_part(tmp_path):
             train.split(dataclasses.replace(config, **values), images, 0)
     with pytest.raises(run.UserError, match="cannot stand for"):  # before any download
         train.train(few_steps("samm-mnist", n_components=5), run.Options("samm-mnist", data=tmp_path, runs=tmp_path))
-    with pytest.raises(ValueError, match="n_labels, labels: of no influence without --semi-supervised true"):
+    with pytest.raises(ValueError, match="--n-labels, --labels: of no influence without --semi-supervised true"):
         train.Config(n_labels=50)
 
 
@@ -939,7 +939,7 @@ def test_rates_that_fall_and_averaged_weights_and_both_after_a_stop(experiment, 
 
 
 def test_what_the_switches_refuse(tmp_path):
-    with pytest.raises(ValueError, match="y_samples: of no influence without noise"):
+    with pytest.raises(ValueError, match="--y-samples: of no influence without noise"):
         train.Config(y_noise="none", y_samples=8)
     with pytest.raises(run.UserError, match="--graph: a recording keeps its learning rates"):
         train.train(few_steps("mnist", decay_from=1), run.Options("mnist", runs=tmp_path, graph=True))

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -155,15 +156,15 @@ MISTAKES = [
     (["digits", "--device", "tpu"], "--device: 'tpu' is not one of auto, cpu, cuda"),
     (["digits", "extra"], "unknown argument 'extra'"),
     ([], "the following arguments are required: experiment"),
-    (["digits", "--n-labels", "5000"], "n_labels: 5000 labels asked for, but the training set has 1437"),
+    (["digits", "--n-labels", "5000"], "--n-labels: 5000 labels asked for, but the training set has 1437"),
     (["digits", "--n-labels", "11"], "has none of class"),
-    (["digits", "--n-components", "7"], "n_components: 7 cannot stand for the 10 classes"),
+    (["digits", "--n-components", "7"], "--n-components: 7 cannot stand for the 10 classes"),
     (["digits", "--save-every", "nan"], "--save-every: nan is out of range"),
-    (["digits", "--batch-unlabelled", "2000"], "batch_unlabelled: 2000 is more than the 1437 training images"),
+    (["digits", "--batch-unlabelled", "2000"], "--batch-unlabelled: 2000 is more than the 1437 training images"),
     (["mnist", "--data", "/nonexistent/folder"], "mnist: no data in /nonexistent/folder/MNIST/raw"),
     (["svhn", "--data", "/nonexistent/folder"], "svhn_extra: no data in /nonexistent/folder/SVHN"),
     (["digits-m1m2"], "digits-m1m2 is trained by python -m segma.m1m2, not by segma.train"),
-    (["folder", "--dataset", "folder"], "dataset: 'folder' is not one of digits, mnist"),
+    (["folder", "--dataset", "folder"], "--dataset: 'folder' is not one of digits, mnist"),
     (["folder", "--dataset", "folder:/nonexistent"], "/nonexistent"),
 ]
 
@@ -414,3 +415,52 @@ def test_make_trains_evaluates_and_prints_the_diff(tmp_path):
         assert (tmp_path / f"segma/digits/seed{seed}-hidden-dim-32/eval.json").exists()
     table = done.stdout.rindex("verdict")
     assert "not comparable: another config (hidden_dim 32)" in done.stdout and done.stdout.rindex("numbers in") < table
+
+
+OWN = {  # program, experiment -> flags of one's own; words of the answer for two classes of 12 images, and for one
+    "segma.train folder": (
+        "--hidden-dim 16",
+        "--n-labels --labels --batch-unlabelled",
+        "--label-weight --batch-unlabelled",
+    ),
+    "segma.adgm digits-adgm": ("--n-components null --hidden-dim 16", "--n-labels --labels --batch-unlabelled", ""),
+    "gmgan.train digits": ("--n-classes 9 --width 4 --cluster-samples 50", "--n-classes --batch-real", ""),
+    "gan_responsibility.train digits": ("--batch 64 --n-components null", "--batch", "--n-components --batch"),
+    "amm.train digits": ("", "--validation --batch", "--validation --batch"),
+    "amm.train samm-digits": (
+        "",
+        "--n-components --validation --batch --n-labels --labels",
+        "--semi-supervised --n-labels --labels --validation --batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("classes", ["old boxes,Äpfel $1", "old boxes"])
+@pytest.mark.parametrize("program", OWN)
+def test_a_few_images_of_one_s_own_in_two_tries(program, classes, tmp_path, capsys, monkeypatch):
+    """The refusal names every flag that is needed; with these the run is trained and evaluated. Or it says why not."""
+    for name in ("SAMPLES", "CURVE_SAMPLES"):  # of GM-GAN's scores, which take a minute
+        monkeypatch.setattr(f"gmgan.eval.{name}", 100)
+    own, *expected = OWN[program]
+    expected, noise = expected["," not in classes].split(), np.random.default_rng(0)
+    for name in classes.split(","):
+        (tmp_path / "my images" / name).mkdir(parents=True)
+        for i in range(12):
+            mode, size = (("RGB", 50), ("L", 31), ("RGBA", 64))[i % 3]
+            image = Image.fromarray(noise.integers(0, 256, (size, size + 9, 3), np.uint8)).convert(mode)
+            image.save(tmp_path / "my images" / name / f"ü {i} $.png")
+    module, experiment = program.split()
+    paper, where = module.split(".")[0], ["--runs", str(tmp_path / "runs"), "--threads", "1", "--device", "cpu"]
+    arguments = [experiment, "--dataset", f"folder:{tmp_path / 'my images'}", *own.split(), *where]
+    main = importlib.import_module(module).main
+    code, _, err = call(main, *arguments, "--epochs", "1", capsys=capsys)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    fits = shlex.split(err.partition("What fits: ")[2])
+    assert [word for word in fits if word.startswith("--")] == expected
+    if not expected:
+        assert "1 class" in err and "at least 2" in err
+        return
+    code, out, err = call(main, *arguments, *fits, "--epochs", "1", capsys=capsys)
+    assert code == 0 and "trained 1 epochs" in out, err
+    code, out, err = call(importlib.import_module(f"{paper}.eval").main, *arguments, *fits, capsys=capsys)
+    assert code == 0 and "numbers in" in out, err

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import shutil
 import struct
 import sys
@@ -543,6 +544,10 @@ def test_pictures_that_lie_on_their_side_or_are_transparent(tmp_path):
 
 def unusable(f: Path) -> None:
     (f / "b/y.jpg").write_text("no image")
+    (f / "b/$ ü.HEIC").write_bytes(b"")  # no JPEG, and PIL does not read it
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
+    frames[0].save(f / "b/moves.gif", save_all=True, append_images=frames[1:])  # its first picture is used
+    (f / "b/notes.txt").write_text("no image, and it does not say so")
     (f / "b/002.png").write_bytes((f / "b/002.png").read_bytes()[:900])
     (f / "b/z.png").symlink_to(f / "gone")
     Image.fromarray(np.full((9, 9), 999, np.uint16)).save(f / "a/z.png")
@@ -552,8 +557,9 @@ FOLDER_MISTAKES = {  # what is changed, what is asked for, what is said
     "no such user": (lambda f: None, "folder:~nosuch/x", "~nosuch/x is not a folder; expected folder:<"),
     "images only": (lambda f: None, "folder:{}/a", "expected class folders of 2 or more .jpg, .png …; too few: none"),
     "one image": (lambda f: write_images(f / "c", 1), "folder:{}", "too few: c"),
-    "unusable": (unusable, "folder:{}", "4 of 11 images cannot be used: a/z.png (I;16, (9, 9) pixels; expected 8 bits"),
+    "unusable": (unusable, "folder:{}", "5 of 13 images cannot be used: a/z.png (I;16, (9, 9) pixels; expected 8 bits"),
     "size": (lambda f: None, "signs:{}", "8 of 8 images cannot be used: a/000.png (RGB, (40, 30) pixels; expected 8"),
+    "many": (lambda f: write_images(f / "b", 12), "signs:{}", "16 of 16 images cannot be used: "),
 }
 
 
@@ -563,29 +569,40 @@ def test_folders_of_images_that_are_wrong(tmp_path, mistake):
     make, name, message = FOLDER_MISTAKES[mistake]
     make(tmp_path)
     said = refused(name.format(tmp_path))
-    assert message in said and (mistake != "unusable" or said.count("png (") + said.count("jpg (") == 3)
+    assert message in said
+    if mistake == "unusable":  # each of them, with its reason
+        named = re.findall(r"([ab]/[^(:]*) \(", said)
+        assert sorted(named) == ["a/z.png", "b/$ ü.HEIC", "b/002.png", "b/y.jpg", "b/z.png"]
+    if mistake == "many":
+        assert said.count("png (") == 10 and said.endswith(") and 6 more. Replace or remove them")
 
 
+DIGITS = "0123456789"  # the names of ten classes
 LABELS = torch.arange(10).repeat_interleave(100)[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
 
 
 def test_label_draws_and_budgets():
-    draws = [choose_labels(LABELS, 103, how, 10, seed).tolist() for how in ("random", "stratified") for seed in (0, 7)]
+    draws = [choose_labels(LABELS, 103, h, DIGITS, seed).tolist() for h in ("random", "stratified") for seed in (0, 7)]
     as_in_the_results = ["dc187208", "6ed18277", "60bc90ae", "e2334817"]
     assert [hashlib.sha256(str(draw).encode()).hexdigest()[:8] for draw in draws] == as_in_the_results
-    assert choose_labels(LABELS, 103, "first", 10, 0).tolist() == list(range(103))
-    many = [LABELS[choose_labels(LABELS, 200, "random", 10, s)].bincount(minlength=10) for s in range(200)]
+    assert choose_labels(LABELS, 103, "first", DIGITS, 0).tolist() == list(range(103))
+    many = [LABELS[choose_labels(LABELS, 200, "random", DIGITS, s)].bincount(minlength=10) for s in range(200)]
     counts = torch.stack(many).double()
     assert abs(counts.mean(0) - 20).max() < 1.2
     assert 3 < counts.std(0).mean() < 4.6  # hypergeometric: 3.8; a stratified draw would have 0
-    counts = LABELS[choose_labels(LABELS, 103, "stratified", 10, 4)].bincount()
+    counts = LABELS[choose_labels(LABELS, 103, "stratified", DIGITS, 4)].bincount()
     assert sorted(counts.tolist()) == [10] * 7 + [11] * 3
     rare = torch.tensor([0] * 99 + [1])
     for labels, n, how, message in (
         (LABELS, 1001, "first", "1001 labels asked for, but the training set has 1000 images"),
-        (rare, 10, "stratified", "10 labels asked for, .* 100 images, and the stratified draw finds 6"),
-        (LABELS, 12, "random", "none of class .*its prior would be 0. Use --labels stratified"),
-        (LABELS.sort().values, 50, "first", "none of class 1, 2, 3"),
+        (rare, 10, "stratified", "10 labels asked for, .* 100 images, and the stratified draw finds 6.*--n-labels 2 "),
+        (LABELS, 12, "random", "none of class .*its prior would be 0. What fits: --n-labels 12 --labels stratified$"),
+        (LABELS.sort().values, 50, "first", "none of class bird, car, cat, .*--n-labels 50 --labels stratified$"),
+        (LABELS, 9, "stratified", "none of class .*--n-labels 10 --labels stratified$"),
+        (torch.tensor([0, 0, 2]), 3, "first", "none of class bird; its prior would be 0$"),  # and no draw has one
     ):
-        with pytest.raises(UserError, match=message):
-            choose_labels(labels, n, how, int(labels.max()) + 1, 0)
+        names = data.STL10_CLASSES[: int(labels.max()) + 1]
+        with pytest.raises(UserError, match=message) as refused:
+            choose_labels(labels, n, how, names, 0)
+        if fits := re.search("What fits: --n-labels (.*) --labels (.*)", str(refused.value)):
+            assert len(choose_labels(labels, int(fits[1]), fits[2], names, 0)) == int(fits[1])

@@ -272,8 +272,8 @@ def test_a_folder_made_otherwise_is_refused_with_the_difference(tmp_path):
         r.finish()
     before = (r.folder / "config.yaml").read_text(), r.path.read_bytes(), (r.folder / "log.csv").read_text()
     for changes, complaint in (
-        ({"config": Config(epochs=3, learning_rate=0.1)}, "learning_rate: 0.0003 there, 0.1 asked for"),
-        ({"precision": "bf16"}, "precision: 'fp32' there, 'bf16' asked for"),
+        ({"config": Config(epochs=3, learning_rate=0.1)}, "--learning-rate: 0.0003 there, 0.1 asked for"),
+        ({"precision": "bf16"}, "--precision: 'fp32' there, 'bf16' asked for"),
     ):
         with open_run(tmp_path, **changes) as other, pytest.raises(UserError, match=complaint):
             other.resume(*one_layer(), 1)

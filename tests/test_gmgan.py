@@ -230,7 +230,7 @@ def test_the_map_between_gaussians_and_classes():
 def test_a_map_that_is_none_is_refused(k, n, text, message):
     with pytest.raises(ValueError) as refused:
         correspondence(k, n, text)
-    assert str(refused.value).startswith("class_map: ") and message in str(refused.value)
+    assert str(refused.value).startswith("--class-map: ") and message in str(refused.value)
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -898,9 +898,10 @@ MISTAKES = [
     (["digits", "--supervised", "true", "--class-map", "0,1,2"], "names 3 Gaussians, expected 10"),
     (["digits", "--class-map", "0,1"], "of no influence without --supervised true"),
     (["digits", "--classes", "0,x"], "has no class 'x'"),
+    (["digits", "--classes", "y,0,x"], "no class 'y'; known: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9; no class 'x'; known"),
     (["digits", "--n-classes", "11"], "11 asked for, but digits has 10 classes"),
     (["digits", "--n-classes", "1"], "need at least 2"),
-    (["digits", "--classes", "1,2", "--n-classes", "3"], "but classes names 2"),
+    (["digits", "--classes", "1,2", "--n-classes", "3"], "but --classes names 2"),
     (["digits", "--classes", ""], "expected different names"),
     (["toy", "--n-classes", "3"], "it has no subset"),
     (["digits-kmeans", "--dataset", "toy"], "has no images"),

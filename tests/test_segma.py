@@ -25,6 +25,7 @@ from segma.eval import (
     evaluate,
     geometry,
     intensities,
+    interpolations,
     nearest_classes,
     points_between,
     rows_are_classes,
@@ -436,7 +437,7 @@ def test_every_value_of_every_config_is_the_papers(experiment):
 def test_first_hundred_labels_of_mnist(data_root):
     data = load("mnist", data_root)
     for seed in (0, 7):
-        chosen = choose_labels(data.train_labels, 100, "first", 10, seed)
+        chosen = choose_labels(data.train_labels, 100, "first", "0123456789", seed)
         assert chosen.tolist() == list(range(100))
         assert data.train_labels[chosen].bincount().tolist() == [13, 14, 6, 11, 11, 5, 11, 10, 8, 11]
 
@@ -444,7 +445,7 @@ def test_first_hundred_labels_of_mnist(data_root):
 def test_priors_are_the_proportions_of_the_known_labels(trained):
     system = segma.load(trained / "segma/digits/seed3")
     labels = load("digits", "").train_labels
-    known = choose_labels(labels, 100, "random", 10, 3)
+    known = choose_labels(labels, 100, "random", "0123456789", 3)
     torch.testing.assert_close(system.priors, labels[known].bincount(minlength=10) / 100)
     assert not system.training and not any(p.requires_grad for p in system.parameters())
 
@@ -509,7 +510,7 @@ def test_eval_repeats_itself_and_reports_what_the_run_gives(trained, monkeypatch
     assert found["reconstruction_error"] == pytest.approx(squares, rel=1e-4)
     distance = model.cramer_wold_distance(z.double(), system.means.double(), system.priors.double(), (4 / 30) ** 0.4)
     assert found["distance"] == pytest.approx(distance.item(), rel=1e-6)
-    known = choose_labels(data.train_labels, 100, "random", 10, 3)
+    known = choose_labels(data.train_labels, 100, "random", "0123456789", 3)
     nearest = torch.cdist(images.flatten(1), data.train_images[known].flatten(1) / 255).argmin(1)
     wrong = (data.train_labels[known][nearest] != data.test_labels).double().mean().item()
     assert found["nearest_neighbour_error"] == pytest.approx(100 * wrong)
@@ -543,6 +544,9 @@ def test_figures_of_any_class_names_and_of_a_single_epoch(tmp_path, monkeypatch)
         boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
         assert len(boxes) == 12 and all(box.count_overlaps(boxes) == 1 for box in boxes)
         assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == names
+    before = len(made)  # of two classes there is no third one between
+    geometry({"mean_distances": torch.rand(2, 2).tolist(), "between": {"a-b": {}}}, ["a", "b"], tmp_path, "")
+    assert len(made) == before + 1
     rows = [{"epoch": 1, "mse": 20.0, "d2": 0.1}, {"epoch": 2, "mse": 10.0, "d2": 0.001}]
     for several, scales in ((rows, ["linear", "log"]), (rows[:1], ["linear", "linear"])):
         plots.save_course(several, tmp_path / "x.png", COURSE)
@@ -583,6 +587,20 @@ def test_figures_7_and_8_start_from_the_class_that_eq_7_gives(tmp_path, monkeypa
     torch.testing.assert_close(codes[0][:, -1], z[chosen] + means[target] - means)
     assert drawn[1][4] == ["0, away from 1", "1, away from 0", "2, away from 3", "3, away from 2"]
     torch.testing.assert_close(codes[1][:, 2], z[chosen] + 0.5 * (means - means[[1, 0, 3, 2]]))
+    for seed in range(20):  # where no image is taken for 3 it goes from another class to another than that
+        style_transfers(system, data, z[assigned % 3], torch.Generator().manual_seed(seed), tmp_path, "")
+        assert all(source != target for source, target in (row.split(" to ") for row in drawn[-1][4]))
+
+
+def test_with_one_class_figure_6_goes_from_one_image_to_another(tmp_path, monkeypatch):
+    images, drawn, system = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1) * 40, [], toy(torch.zeros(1, 10))
+    system.decoder = torch.nn.Sequential(torch.nn.Linear(10, 1), torch.nn.Unflatten(1, (1, 1, 1)))
+    data = Dataset("mine", images, torch.zeros(3).long(), images, torch.zeros(3).long(), ("a",), "0" * 16, False)
+    monkeypatch.setattr(plots, "save_labelled_grid", lambda *arguments: drawn.append(arguments))
+    for seed in range(20):
+        interpolations(system, data, torch.randn(3, 10), torch.Generator().manual_seed(seed), tmp_path, "")
+    ends = {(round(255 * row[0][0].item()), round(255 * row[0][-1].item())) for row in drawn}
+    assert len(ends) == 6 and all(first != last for first, last in ends) and drawn[0][4] == ["a to a"]
 
 
 def test_samples_are_always_from_the_same_noise(tmp_path):
