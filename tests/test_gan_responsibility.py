@@ -743,7 +743,7 @@ def numbers(images: torch.Tensor) -> list[int]:
 
 @pytest.mark.parametrize("n, sizes", [(21, [8, 8, 5]), (17, [8, 8])])
 def test_the_loop_takes_every_image_once_an_epoch_in_a_new_order(n, sizes, tmp_path, monkeypatch):
-    """But for one left alone. Each step has noise of its own; both are the seed's. Scored: every second epoch, the last."""
+    """But for one left alone. Each step has noise of its own; both are the seed's. The last epoch is scored too."""
     data = Dataset("digits", *[numbered(0, n), torch.arange(n)] * 2, tuple("0123456789"), "0", False)
     monkeypatch.setattr(train, "load", lambda *_: data)
     monkeypatch.setattr(scores.Scorer, "find", lambda *_: "scorer")
