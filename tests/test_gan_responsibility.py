@@ -173,22 +173,21 @@ def test_the_information_loss_by_hand():
 @pytest.mark.parametrize("target", ["alpha", "component"])
 def test_perfect_responsibilities_repel_as_printed_and_attract_with_the_target_k(target):
     """The algebra of NOTES.md: G is perfect, so C's best row for the fakes of k is the next α of class k."""
-    k, errors = 10, [0.001]
+    k, errors = 10, []
     alpha = torch.full((k, k), 0.001 / (k - 1), dtype=torch.float64).fill_diagonal_(0.999)  # one image of each class
     for _ in range(14):
         logits = alpha.log().clamp_min(-700).requires_grad_()
-        loss = information_loss(logits.expand(k, k, k), alpha, target)
-        mean, (slope,) = alpha.mean(0), torch.autograd.grad(loss, logits)  # (ᾱ_k C_kj - M_kj) / K, as printed
-        best = alpha - k * slope / mean[:, None]
-        plain = [[sum(a[i] * a[j] for a in alpha) / sum(a[i] for a in alpha) for j in range(k)] for i in range(k)]
-        torch.testing.assert_close(best, torch.tensor(plain).double() if target == "alpha" else torch.eye(k).double())
+        (slope,) = torch.autograd.grad(information_loss(logits.expand(k, k, k), alpha, target), logits)
+        best = alpha - k * slope / alpha.mean(0)[:, None]  # the slope is (ᾱ_k C_kj - M_kj) / K, or (ᾱ_k C_kj - ᾱ_k) / K
+        printed = alpha.T @ alpha / alpha.sum(0)[:, None]  # M_kj / ᾱ_k
+        torch.testing.assert_close(best, printed if target == "alpha" else torch.eye(k).double())
         alpha = best.clamp_min(0)
         errors.append(1 - alpha.diagonal().mean().item())
     if target == "alpha":
-        assert errors[1] == pytest.approx(0.002, rel=0.01) and errors[7] == pytest.approx(0.12, abs=0.01)
+        assert (errors[0], errors[6]) == (pytest.approx(0.002, rel=0.01), pytest.approx(0.12, abs=0.01))
         torch.testing.assert_close(alpha, torch.full_like(alpha, 1 / k), atol=0.01, rtol=0)
     else:
-        assert max(errors[1:]) < 1e-12
+        assert max(errors) < 1e-12
 
 
 def test_the_class_entropy_by_hand():
@@ -485,28 +484,17 @@ def test_purity_by_hand():
 def test_what_gaussians_generate(monkeypatch):
     """The judge sees classes 1, 2 and 0, but 50 of Gaussian 0's 500 samples are of 0. C takes 0's samples for 1's."""
     system, data = train.Config(dataset="digits", n_components=3).build(), toy.dataset()  # of three classes
-    judge, judged = classifier.Network((1, 28, 28), 3), []
+    judge = classifier.Network((1, 28, 28), 3)
     monkeypatch.setattr(system, "sample", lambda weights, seed: weights.argmax(1) / 10)
     monkeypatch.setattr(system, "responsibilities", lambda x: F.one_hot((10 * x).round().long().clamp(min=1), 3))
-
-    def classify(network, images):
-        judged.append((network, images.dtype))
-        k = (images / 12.75 - 10).round().long()
-        return (k + 1) % 3 * (torch.arange(len(k)) >= 50)
-
     monkeypatch.setattr(classifier, "trained", lambda of, *_: (judge, 90.0) if of is data else None)
-    monkeypatch.setattr(classifier, "classify", classify)
-    given = data, run.Options("digits"), 0, torch.device("cpu")
-    found, name = evaluation.what_gaussians_generate(system, *given)
+    of_image = {128: 1, 140: 2, 153: 0}  # uint8 of 0, 0.1 and 0.2
+    judged = lambda _, images: torch.tensor([of_image[v] * (i >= 50) for i, v in enumerate(images.tolist())])  # noqa: E731
+    monkeypatch.setattr(classifier, "classify", judged)
+    found, name = evaluation.what_gaussians_generate(system, data, run.Options("digits"), 0, torch.device("cpu"))
     expected = {"judge_accuracy": 0.9, "samples_recognised": 2 / 3, "sample_purity": 2.9 / 3, "sample_classes": 3}
     expected |= {"sample_purity_of_0": 0.9, "sample_purity_of_1": 1, "sample_purity_of_2": 1}
-    assert found == pytest.approx(expected | {"sample_accuracy": 2.9 / 3})
-    assert judged == [(judge, torch.uint8)] and name == classifier.digest(judge)
-    system.config = train.Config(dataset="toy", n_components=3)
-    monkeypatch.setattr(system, "sample", lambda weights, seed: toy.MEANS[weights.argmax(1)])
-    monkeypatch.setattr(system, "responsibilities", lambda x: F.one_hot(torch.cdist(x, toy.MEANS).argmin(1), 3))
-    found, name = evaluation.what_gaussians_generate(system, *given)
-    assert name == "nearest mean" and found["sample_accuracy"] == found["samples_recognised"] == 1
+    assert found == pytest.approx(expected | {"sample_accuracy": 2.9 / 3}) and name == classifier.digest(judge)
 
 
 def test_the_toy_is_three_gaussians():
@@ -514,11 +502,9 @@ def test_the_toy_is_three_gaussians():
     for points, labels, n in ((data.train_images, data.train_labels, 3200), (data.test_images, data.test_labels, 1000)):
         assert (labels.bincount() / n).tolist() == pytest.approx([0.5, 0.3, 0.2]) and len(points) == n
         assert torch.equal(toy.nearest_class(points), labels) and points.abs().max() <= 1
-        for k, angle in enumerate((90, 210, 330)):
-            mean = 0.6 * torch.tensor([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
-            torch.testing.assert_close(points[labels == k].mean(0), mean, atol=0.015, rtol=0)
+        for k, mean in enumerate(((0, 0.6), (-0.6 * 0.75**0.5, -0.3), (0.6 * 0.75**0.5, -0.3))):
+            torch.testing.assert_close(points[labels == k].mean(0), torch.tensor(mean), atol=0.015, rtol=0)
             torch.testing.assert_close(points[labels == k].std(0), torch.full((2,), 0.08), atol=0.01, rtol=0)
-    assert not torch.equal(data.train_images[:500], data.test_images[:500])
 
 
 def test_the_best_scores_are_each_its_own_best_epoch(monkeypatch):
@@ -741,67 +727,67 @@ def numbers(images: torch.Tensor) -> list[int]:
     return images[:, 0, 0, 0].tolist()
 
 
+@pytest.fixture
+def seen(monkeypatch):
+    """The numbers of the images of each step, and the first of its noise; and a step that does nothing else."""
+    steps, noises = [], []
+
+    def step(system, optimizers, given, *_):
+        steps.append(numbers(model.to_uint8(given.real)))
+        noises.append(torch.randn(1, generator=given.noise).item())
+        return {"d_loss": torch.ones(())}
+
+    return steps, noises, step
+
+
 @pytest.mark.parametrize("n, sizes", [(21, [8, 8, 5]), (17, [8, 8])])
-def test_the_loop_takes_every_image_once_an_epoch_in_a_new_order(n, sizes, tmp_path, monkeypatch):
+def test_the_loop_takes_every_image_once_an_epoch_in_a_new_order(n, sizes, tmp_path, monkeypatch, seen):
     """But for one left alone. Each step has noise of its own; both are the seed's. The last epoch is scored too."""
+    steps, noises, step = seen
     data = Dataset("digits", *[numbered(0, n), torch.arange(n)] * 2, tuple("0123456789"), "0", False)
     monkeypatch.setattr(train, "load", lambda *_: data)
     monkeypatch.setattr(scores.Scorer, "find", lambda *_: "scorer")
     scored = []
     monkeypatch.setattr(train, "scores_of_epoch", lambda _, given, scorer, seed: scored.append((scorer, seed)) or {})
-
-    def one_run(seed: int, name: str) -> tuple[list[list[int]], set[float]]:
-        orders, noises = [], []
-
-        def step(system, optimizers, given, *_):
-            orders.append(numbers(model.to_uint8(given.real)))
-            noises.append(torch.randn(1, generator=given.noise).item())
-            return {"d_loss": torch.ones(())}
-
-        options = run.Options("digits", seed, runs=tmp_path / name, device="cpu")
-        train.train(train.Config(dataset="digits", batch=8, epochs=3, score_every=2, latent_dim=2), options, step)
-        assert [len(order) for order in orders] == 3 * sizes and len(set(noises)) == 3 * len(sizes)
+    config = train.Config(dataset="digits", batch=8, epochs=3, score_every=2, latent_dim=2)
+    for seed, name in ((1, "a"), (1, "b"), (2, "c")):
+        train.train(config, run.Options("digits", seed, runs=tmp_path / name, device="cpu"), step)
         assert scored[-3:] == [(None, seed), ("scorer", seed), ("scorer", seed)]
-        return [sum(orders[i : i + len(sizes)], []) for i in range(0, len(orders), len(sizes))], set(noises)
-
-    orders, noises = one_run(1, "a")
-    for order in orders:
-        assert len(set(order)) == sum(sizes) and set(order) <= {*range(n)} and order != sorted(order)
-    assert orders[0] != orders[1] and one_run(1, "b") == (orders, noises)
-    others, other_noises = one_run(2, "c")
-    assert others != orders and not noises & other_noises
+    assert [len(images) for images in steps] == 9 * sizes
+    orders = [sum(steps[i : i + len(sizes)], []) for i in range(0, len(steps), len(sizes))]
+    assert all(len(set(order)) == sum(sizes) and set(order) <= {*range(n)} for order in orders)
+    assert orders[:3] == orders[3:6] and noises[: len(noises) // 3] == noises[len(noises) // 3 :][: len(noises) // 3]
+    assert len({*map(tuple, orders), tuple(range(sum(sizes)))}) == 7 and len(set(noises)) == 6 * len(sizes)
 
 
-def test_thinned_and_held_out_images(tmp_path, monkeypatch):
+def test_thinned_and_held_out_images(tmp_path, monkeypatch, seen):
     """The counts; images keep their labels; held-out images are never trained on; the test images are not looked at."""
     labels = torch.arange(100) // 25
     data = Dataset("digits", numbered(0, 100), labels, numbered(100, 200), labels, tuple("0123456789"), "0", False)
-    config = train.Config(dataset="digits", batch=4, epochs=1, latent_dim=2)
-    few = train.prepared(data, dataclasses.replace(config, thinned=True))
-    for images, kept, first in ((few.train_images, few.train_labels, 0), (few.test_images, few.test_labels, 100)):
-        assert kept.bincount().tolist() == [25, 13, 7, 25]
-        assert kept.tolist() == [(i - first) // 25 for i in numbers(images)] and len({*numbers(images)}) == 70
+    config = train.Config(dataset="digits", batch=4, epochs=1, latent_dim=2, thinned=True)
+    few = train.prepared(data, config)
+    for images, kept in ((few.train_images, few.train_labels), (few.test_images, few.test_labels)):
+        assert kept.bincount().tolist() == [25, 13, 7, 25] and len({*numbers(images)}) == 70
+        assert kept.tolist() == [i % 100 // 25 for i in numbers(images)]
     assert numbers(few.train_images)[25:38] != [*range(25, 38)]  # drawn, not the first
-    config, seen, scored = dataclasses.replace(config, thinned=True, validation=20), [], []
-
-    def step(system, optimizers, given, *_):
-        seen.extend(numbers(model.to_uint8(given.real)))
-        return {"d_loss": torch.ones(())}
-
+    scored = []
+    for module, name, answer in (
+        (train, "scores_of_epoch", {}), (evaluation, "what_c_learned", {}), (evaluation, "figures", None),
+        (evaluation, "what_gaussians_generate", ({}, "")),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda _, given, *rest, answer=answer: scored.append(given) or answer)
     monkeypatch.setattr(train, "load", lambda *_: data)
-    monkeypatch.setattr(train, "scores_of_epoch", lambda _, given, *rest: scored.append(given) or {})
     options = run.Options("digits", 3, runs=tmp_path, device="cpu")
-    train.train(config, options, step)
-    monkeypatch.setattr(evaluation, "what_c_learned", lambda _, given: scored.append(given) or {})
-    monkeypatch.setattr(evaluation, "what_gaussians_generate", lambda _, given, *rest: scored.append(given) or ({}, ""))
-    monkeypatch.setattr(evaluation, "figures", lambda *_: None)
+    train.train(dataclasses.replace(config, validation=20), options, seen[2])
     evaluation.evaluate(options)
     assert scored[2] is data  # of the judge of the samples
     for given in scored[:2]:
         held, rest = numbers(given.test_images), numbers(given.train_images)
-        assert len({*held}) == 20 and sorted(held + rest) == numbers(few.train_images) and sorted(seen) == sorted(rest)
-        assert given.test_labels.tolist() == [i // 25 for i in held] and held != sorted(held)[:20]
-        assert given.train_labels.tolist() == [i // 25 for i in rest]
+        assert len({*held}) == 20 and sorted(held + rest) == numbers(few.train_images)
+        assert sorted(sum(seen[0], [])) == sorted(rest)
+        assert (given.test_labels.tolist(), given.train_labels.tolist()) == tuple(
+            [i // 25 for i in x] for x in (held, rest)
+        )
 
 
 def test_table_6_and_figure_4_with_weights(tiny, tmp_path, monkeypatch):
