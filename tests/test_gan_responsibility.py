@@ -560,6 +560,7 @@ def test_the_same_noise_is_the_same():
     assert (same[0] - same[2]).abs().max() > 1e-4
     other = system.sample(torch.eye(2)[[0, 0]])
     assert (other[0] - other[1]).abs().max() > 1e-4 and -1 <= other.min() and other.max() <= 1
+    assert (other - system.sample(torch.eye(2)[[0, 0]], seed=1)).abs().max() > 1e-4
     torch.testing.assert_close(system.sample(torch.eye(2)[[0, 0, 1]], same_noise=True, batch=2), same)
     assert system.training and other.requires_grad is False
 
@@ -571,9 +572,10 @@ def test_the_whole_mixture_is_sampled_by_the_mean_responsibilities(monkeypatch):
     weights = system.mode_weights(None)
     torch.testing.assert_close(weights, torch.tensor([0.7, 0.1, 0.2]))
     asked = []
-    monkeypatch.setattr(system, "sample", lambda w, seed: asked.append(w) or torch.zeros(len(w), 1, 28, 28))
-    samples = system.sample_mixture(5000, weights)
-    torch.testing.assert_close(asked[0].mean(0), weights, atol=0.03, rtol=0)
+    monkeypatch.setattr(system, "sample", lambda *given: asked.append(given) or torch.zeros(len(given[0]), 1, 28, 28))
+    samples, _ = (system.sample_mixture(5000, weights, seed) for seed in (0, 1))
+    torch.testing.assert_close(asked[0][0].mean(0), weights, atol=0.03, rtol=0)
+    assert [seed for _, seed in asked] == [0, 1] and not torch.equal(asked[0][0], asked[1][0])
     assert samples.dtype == torch.uint8 and set(samples.unique().tolist()) == {128}
     baseline = gan.Config(dataset="digits", n_components=4).build()
     assert baseline.mode_weights(None).tolist() == [0.25] * 4
@@ -602,6 +604,9 @@ def test_the_layers_between():
     """What shapes do not show: activations and their slope, the range of G, the initial weights."""
     system = train.Config(dataset="digits").build()
     assert {m.negative_slope for m in system.modules() if isinstance(m, nn.LeakyReLU)} == {0.3}
+    means, scales = system.mixture.means, system.mixture.scales
+    assert -0.1 <= means.min() < -0.09 and 0.09 < means.max() <= 0.1
+    assert torch.equal(scales, 0.15 * torch.eye(100).expand(10, -1, -1))
     fakes = system.generator(50 * torch.randn(8, 100))
     assert fakes.min() >= -1 and fakes.max() <= 1 and isinstance(system.generator[-1], nn.Tanh)
     for m in system.modules():
