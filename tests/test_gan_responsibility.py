@@ -488,9 +488,9 @@ def test_what_gaussians_generate(monkeypatch):
     monkeypatch.setattr(system, "sample", lambda weights, seed: weights.argmax(1) / 10)
     monkeypatch.setattr(system, "responsibilities", lambda x: F.one_hot((10 * x).round().long().clamp(min=1), 3))
     monkeypatch.setattr(classifier, "trained", lambda of, *_: (judge, 90.0) if of is data else None)
-    of_image = {128: 1, 140: 2, 153: 0}  # uint8 of 0, 0.1 and 0.2
-    judged = lambda _, images: torch.tensor([of_image[v] * (i >= 50) for i, v in enumerate(images.tolist())])  # noqa: E731
-    monkeypatch.setattr(classifier, "classify", judged)
+    seen = [128, 140, 153]  # 0, 0.1 and 0.2 as uint8
+    judged = [0] * 50 + [1] * 450 + [2] * 500 + [0] * 500
+    monkeypatch.setattr(classifier, "classify", lambda _, x: torch.tensor(judged) if x.unique().tolist() == seen else x)
     found, name = evaluation.what_gaussians_generate(system, data, run.Options("digits"), 0, torch.device("cpu"))
     expected = {"judge_accuracy": 0.9, "samples_recognised": 2 / 3, "sample_purity": 2.9 / 3, "sample_classes": 3}
     expected |= {"sample_purity_of_0": 0.9, "sample_purity_of_1": 1, "sample_purity_of_2": 1}
@@ -733,22 +733,23 @@ def numbers(images: torch.Tensor) -> list[int]:
 
 
 @pytest.fixture
-def seen(monkeypatch):
-    """The numbers of the images of each step, and the first of its noise; and a step that does nothing else."""
-    steps, noises = [], []
+def seen():
+    """Of each step the numbers of its images, its first noise and a weight; and a step that does nothing else."""
+    steps, noises, weights = [], [], []
 
     def step(system, optimizers, given, *_):
         steps.append(numbers(model.to_uint8(given.real)))
         noises.append(torch.randn(1, generator=given.noise).item())
+        weights.append(system.discriminator.weight[0, 0].item())
         return {"d_loss": torch.ones(())}
 
-    return steps, noises, step
+    return steps, noises, weights, step
 
 
 @pytest.mark.parametrize("n, sizes", [(21, [8, 8, 5]), (17, [8, 8])])
 def test_the_loop_takes_every_image_once_an_epoch_in_a_new_order(n, sizes, tmp_path, monkeypatch, seen):
-    """But for one left alone. Each step has noise of its own; both are the seed's. The last epoch is scored too."""
-    steps, noises, step = seen
+    """But for one left alone. Each step has noise of its own; all is the seed's. The last epoch is scored too."""
+    steps, noises, weights, step = seen
     data = Dataset("digits", *[numbered(0, n), torch.arange(n)] * 2, tuple("0123456789"), "0", False)
     monkeypatch.setattr(train, "load", lambda *_: data)
     monkeypatch.setattr(scores.Scorer, "find", lambda *_: "scorer")
@@ -763,6 +764,7 @@ def test_the_loop_takes_every_image_once_an_epoch_in_a_new_order(n, sizes, tmp_p
     assert all(len(set(order)) == sum(sizes) and set(order) <= {*range(n)} for order in orders)
     assert orders[:3] == orders[3:6] and noises[: len(noises) // 3] == noises[len(noises) // 3 :][: len(noises) // 3]
     assert len({*map(tuple, orders), tuple(range(sum(sizes)))}) == 7 and len(set(noises)) == 6 * len(sizes)
+    assert len(set(weights)) == 2
 
 
 def test_thinned_and_held_out_images(tmp_path, monkeypatch, seen):
@@ -776,23 +778,20 @@ def test_thinned_and_held_out_images(tmp_path, monkeypatch, seen):
         assert kept.tolist() == [i % 100 // 25 for i in numbers(images)]
     assert numbers(few.train_images)[25:38] != [*range(25, 38)]  # drawn, not the first
     scored = []
-    for module, name, answer in (
-        (train, "scores_of_epoch", {}), (evaluation, "what_c_learned", {}), (evaluation, "figures", None),
-        (evaluation, "what_gaussians_generate", ({}, "")),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, lambda _, given, *rest, answer=answer: scored.append(given) or answer)
     monkeypatch.setattr(train, "load", lambda *_: data)
+    monkeypatch.setattr(train, "scores_of_epoch", lambda _, given, *rest: scored.append(given) or {})
+    monkeypatch.setattr(evaluation, "what_c_learned", lambda _, given: scored.append(given) or {})
+    monkeypatch.setattr(evaluation, "what_gaussians_generate", lambda _, given, *rest: scored.append(given) or ({}, ""))
+    monkeypatch.setattr(evaluation, "figures", lambda *_: None)
     options = run.Options("digits", 3, runs=tmp_path, device="cpu")
-    train.train(dataclasses.replace(config, validation=20), options, seen[2])
+    train.train(dataclasses.replace(config, validation=20), options, seen[-1])
     evaluation.evaluate(options)
     assert scored[2] is data  # of the judge of the samples
     for given in scored[:2]:
         held, rest = numbers(given.test_images), numbers(given.train_images)
         assert len({*held}) == 20 and sorted(held + rest) == numbers(few.train_images)
         assert sorted(sum(seen[0], [])) == sorted(rest)
-        assert (given.test_labels.tolist(), given.train_labels.tolist()) == tuple(
-            [i // 25 for i in x] for x in (held, rest)
-        )
+        assert given.test_labels.tolist() + given.train_labels.tolist() == [i // 25 for i in held + rest]
 
 
 def test_table_6_and_figure_4_with_weights(tiny, tmp_path, monkeypatch):
