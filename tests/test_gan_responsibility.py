@@ -536,6 +536,8 @@ def test_what_c_learned_pairs_images_with_their_own_labels(monkeypatch):
     found = evaluation.what_c_learned(system, data)
     assert found["accuracy"] == found["accuracy_train"] == 1 and found["weight_error"] == pytest.approx(0)
     assert found["alpha_entropy"] == 0 and 0.8 < found["alpha_information"] <= 1
+    row = {"accuracy": 1, "nmi": 1} | {f"test_{x}": found[x] for x in found if x.startswith(("alpha", "largest"))}
+    assert train.scores_of_epoch(system, data, None, 0) == pytest.approx(row) and len(row) == 5
 
 
 def test_information_share():
