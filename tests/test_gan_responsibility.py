@@ -662,7 +662,7 @@ def test_a_collapse_is_said_when_it_begins(capsys):
         train.say_if_collapsed([{"epoch": i + 1, **row} for i, row in enumerate(rows)])
         return capsys.readouterr().out
 
-    alive = {"alpha_information": 0.3, "largest_weight": 0.4}
+    alive = {"alpha_information": 0.011, "largest_weight": 0.989}
     same = {"alpha_information": 0.001, "largest_weight": 0.1}
     assert said(alive) == said(same, alive) == said({"d_loss": 1.0}) == ""  # a baseline has no α
     assert said(same) == said(same, alive, same).replace("epoch 3", "epoch 1") != "" == said(alive, same, same)
