@@ -555,6 +555,28 @@ def test_the_way_from_one_gaussian_to_the_next():
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, evaluation.STEPS))
 
 
+def test_what_the_pictures_show(monkeypatch, tmp_path):
+    """Samples of each Gaussian in a row of ten; the ways between Gaussians with one ε."""
+    system, asked, shown = train.Config(dataset="digits", n_components=3, latent_dim=2).build(), [], {}
+
+    def sample(weights, seed, same_noise=False):
+        asked.append((seed, same_noise))
+        return 2 * weights - 1
+
+    monkeypatch.setattr(system, "sample", sample)
+    monkeypatch.setattr(train, "save_grid", lambda images, path, columns: shown.update({path.stem: (images, columns)}))
+    monkeypatch.setattr(plots, "save_labelled_grid", lambda x, path, n, *_: shown.update({path.stem: (x, n)}))
+    monkeypatch.setattr(plots, "save_course", lambda *_: None)
+    train.save_samples(system, tmp_path / "epoch.png", 7, 1)
+    state = {"identity": {"experiment": "digits", "seed": 7}, "epoch": 1, "rows": []}
+    evaluation.figures(system, state, tmp_path)
+    rows = torch.eye(3).repeat_interleave(10, 0), 10
+    ways = evaluation.from_one_to_the_next(3), evaluation.triangle(3)
+    expected = {"epoch": rows, "samples": rows, "interpolations": (ways[0], 9), "triangle": (ways[1], 9)}
+    torch.testing.assert_close(shown, expected)
+    assert asked == [(7, False), (7, False), (7, True), (7, True)]
+
+
 def test_the_same_noise_is_the_same():
     system = train.Config(dataset="digits", n_components=2, latent_dim=3).build()
     same = system.sample(torch.eye(2)[[0, 0, 1]], same_noise=True)
@@ -604,6 +626,15 @@ def test_images_are_never_misread(classifier):
 
 def test_the_layers_between():
     """What shapes do not show: activations and their slope, the range of G, the initial weights."""
+    shape, tconv = (1, 28, 28), "BatchNorm2d LeakyReLU ConvTranspose2d"
+    for network, expected in {
+        model.generator(shape, 2): f"Linear BatchNorm1d LeakyReLU Unflatten ConvTranspose2d {tconv} {tconv} Tanh",
+        model.encoder(shape, "count_matched"): "Conv2d LeakyReLU Conv2d LeakyReLU Conv2d LeakyReLU Flatten",
+        model.encoder(shape, "as_printed"): "Conv2d LeakyReLU Conv2d BatchNorm2d LeakyReLU Flatten",
+        model.standalone_classifier(shape, 3): "Conv2d ReLU MaxPool2d Conv2d ReLU Flatten Linear ReLU Linear",
+    }.items():
+        assert " ".join(type(m).__name__ for m in network) == expected
+        assert {(m.momentum, m.eps) for m in network if "Norm" in type(m).__name__} <= {(0.1, 1e-5)}  # ledger 16
     system = train.Config(dataset="digits").build()
     assert {m.negative_slope for m in system.modules() if isinstance(m, nn.LeakyReLU)} == {0.3}
     means, scales = system.mixture.means, system.mixture.scales
@@ -743,6 +774,7 @@ def seen():
         steps.append(numbers(model.to_uint8(given.real)))
         noises.append(torch.randn(1, generator=given.noise).item())
         weights.append(system.discriminator.weight[0, 0].item())
+        assert len(system.mixture.means) == 10  # as many as classes
         return {"d_loss": torch.ones(())}
 
     return steps, noises, weights, step
@@ -757,7 +789,7 @@ def test_the_loop_takes_every_image_once_an_epoch_in_a_new_order(n, sizes, tmp_p
     monkeypatch.setattr(scores.Scorer, "find", lambda *_: "scorer")
     scored = []
     monkeypatch.setattr(train, "scores_of_epoch", lambda _, given, scorer, seed: scored.append((scorer, seed)) or {})
-    config = train.Config(dataset="digits", batch=8, epochs=3, score_every=2, latent_dim=2)
+    config = train.Config(dataset="digits", n_components=None, batch=8, epochs=3, score_every=2, latent_dim=2)
     for seed, name in ((1, "a"), (1, "b"), (2, "c")):
         train.train(config, run.Options("digits", seed, runs=tmp_path / name, device="cpu"), step)
         assert scored[-3:] == [(None, seed), ("scorer", seed), ("scorer", seed)]
