@@ -438,6 +438,29 @@ def test_bf16_gives_nearly_the_same_gradients(switches):
         assert F.cosine_similarity(exact, rough, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("module", [train, gan])
+def test_the_precision_is_the_one_asked_for(module):
+    system, seen = built(small(module)).float(), []
+    system.encoder[0].register_forward_hook(lambda *given: seen.append(given[2].dtype))
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        module.train_step(system, sgd(system, 0.0), train.Batch(batch().real.float(), run.generator(5)), precision)
+        assert {*seen} == {dtype}
+        seen.clear()
+
+
+def test_what_a_step_logs():
+    system, given = built(small()), batch()
+    found = train.train_step(system, sgd(system, 0.0), given)
+    norms = {name: torch.cat([p.grad.flatten() for p in several]).norm() for name, several in system.players().items()}
+    noise = torch.randn(4, 3, 4, generator=batch().noise, dtype=torch.float64)
+    on_fakes, logits = system.forward_d_and_c(system.generator(system.mixture(noise).flatten(0, 1)))
+    on_real, of_real = system.forward_d_and_c(given.real)
+    alpha = of_real.softmax(-1)
+    losses = system.losses(on_real, on_fakes.view(4, 3), logits.view(4, 3, 3), alpha)
+    expected = dict(zip(("d_loss", "g_loss", "information"), losses, strict=True)) | model.shares(alpha)
+    torch.testing.assert_close(found, expected | {f"{name}_grad": norm for name, norm in norms.items()})
+
+
 def operations(function, *inputs) -> int:
     with FlopCounter() as counter:
         function(*inputs)
@@ -470,7 +493,9 @@ def test_accuracy_and_weights_of_perfect_responsibilities():
     nothing = scores.mode_weights_against_classes(torch.full((6, 3), 1 / 3), labels)
     assert [nothing[f"weight_error{s}"] for s in ("", "_uniform")] == pytest.approx([1 / 6, 1 / 6], abs=1e-6)
     leaning = alpha * 0.4 + 0.2  # argmax is right, the means are not
+    assert scores.clustering(F.one_hot(labels, 4), labels, 3) == {"nmi": pytest.approx(1)}
     found = scores.mode_weights_against_classes(leaning, labels)
+    assert found["weight_of_1"] == pytest.approx(0.4)
     assert found["weight_error_hard"] == pytest.approx(0) and found["weight_error"] == pytest.approx(0.6 / 6, abs=1e-6)
 
 
@@ -536,6 +561,7 @@ def test_what_c_learned_pairs_images_with_their_own_labels(monkeypatch):
     found = evaluation.what_c_learned(system, data)
     assert found["accuracy"] == found["accuracy_train"] == 1 and found["weight_error"] == pytest.approx(0)
     assert found["alpha_entropy"] == 0 and 0.8 < found["alpha_information"] <= 1
+    assert found["largest_weight"] == pytest.approx(labels.bincount().max().item() / 30)
     row = {"accuracy": 1, "nmi": 1} | {f"test_{x}": found[x] for x in found if x.startswith(("alpha", "largest"))}
     assert train.scores_of_epoch(system, data, None, 0) == pytest.approx(row) and len(row) == 5
 
