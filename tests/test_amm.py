@@ -657,10 +657,14 @@ def test_the_numbers_of_an_evaluation(monkeypatch, tmp_path):
 
     By eq. (19) images 6 and 7 leave it for clusters 0 and 4. Validation images 8 to 11, of classes 0 1 2 2, share a
     cluster of which 2 is one half; by eq. (19) image 9 is in another. Of five clusters two are empty.
+    The averaged weights say of image i what the others say of 7 - i.
     """
     rows = [{"validation_error": v, "test_error": t} for v, t in ((7.0, 30.0), (5.0, 50.0), (6.0, 20.0))]
     by_g_y, by_bayes = [0, 0, 1, 1, 3, 3, 3, 3, 2, 2, 2, 2], [0, 0, 1, 1, 3, 3, 0, 4, 2, 1, 2, 2]
     model = answering(monkeypatch, by_g_y, by_bayes, n_components=5, validation=4)
+    mirrored = {"config": model.config, "by_bayes": lambda _, z: model.by_bayes(7 - z)}
+    mirrored["infer"] = lambda _, x: model.infer(7 - x)._replace(z=model.infer(x).z)
+    model.averaged = type("Averaged", (), mirrored)()
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 0, 1])
     data = of_images(numbered(99), labels[:1], numbered(*range(8)), labels, "012")
     s = train.Split(numbered(99), labels[:1], numbered(8, 9, 10, 11), torch.tensor([0, 1, 2, 2]), labels[:0], PRIORS)
@@ -681,7 +685,10 @@ def test_the_numbers_of_an_evaluation(monkeypatch, tmp_path):
         "error_one_to_one_validation": 25, "error_g_y_validation": 50, "error_one_to_one_g_y_validation": 50,
         "agreement_validation": 75, "purity_validation": 50, "least_purity_validation": 50,
         "noise_clusters_validation": 0, "empty_clusters_validation": 4, "fewest_clusters_validation": 0,
-        "error_best_on_validation": 50, "slope_x": 0.5,
+        "error_best_on_validation": 50, "slope_x": 0.5, "error_averaged": 100 / 8, "error_one_to_one_averaged": 25,
+        "error_g_y_averaged": 37.5, "error_one_to_one_g_y_averaged": 37.5, "agreement_averaged": 75,
+        "purity_averaged": 200 / 3, "least_purity_averaged": 50, "noise_clusters_averaged": 0,
+        "empty_clusters_averaged": 2, "fewest_clusters_averaged": 0,
     }, abs=1e-4)  # fmt: skip
     found = evaluation.predictions(model, model.infer(numbered(4, 5, 6)), torch.tensor([0, 1, 2]), 3)
     assert (found["noise_clusters"], found["fewest_clusters"]) == (1, 0)

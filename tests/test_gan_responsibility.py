@@ -15,7 +15,7 @@ import gan_responsibility
 from common import classifier, plots, run
 from common.data import Dataset, load
 from gan_responsibility import eval as evaluation
-from gan_responsibility import gan, model, scores, train
+from gan_responsibility import gan, model, scores, toy, train
 from gan_responsibility.model import Mixture, Responsibility, discriminator_loss, generator_loss, information_loss
 from tests.bench import FlopCounter
 from tests.conftest import call, run_command
@@ -26,6 +26,37 @@ TABLE_6 = {  # parameters, Inception Score, FID
     "flowers10-gm-gan": (8_467_145, (2.6770, 0.1079), (239.3936, 6.7672)),
     "flowers10-gan": (8_366_145, (2.4882, 0.1065), (247.0610, 7.2361)),
 }
+
+TASK = {  # Sec. 3.2, Tables 4, 5 and 6; where the paper is silent, ledger 6 to 8
+    "networks": "count_matched", "n_components": 10, "latent_dim": 100, "mean_range": 0.1, "deviation": 0.15,
+    "batch": 64, "learning_rate": 2e-4, "beta1": 0.5, "epochs": 200, "validation": 0, "thinned": False,
+    "score_every": 10, "saturating": False,
+}  # fmt: skip
+SYSTEM = TASK | {  # Sec. 2, Algorithm 1; ledger 3, 22 and 26
+    "classifier": "shared", "target": "component", "information_moves": "classifier",
+    "adversarial_moves_classifier": True, "alpha_in_information": "fixed", "class_entropy": "left_out",
+    "classifier_learning_rate": 2e-5, "classifier_moves_encoder": False,
+}  # fmt: skip
+OF_DATA = {
+    "mnist": {}, "fashion": {"dataset": "fashion_mnist"}, "cifar10": {}, "digits": {"batch": 8, "epochs": 20},
+    "flowers10": {"epochs": 10_000, "score_every": 100},
+    "toy": {"n_components": 3, "latent_dim": 10, "mean_range": 0.5, "epochs": 250, "classifier_learning_rate": None},
+}  # fmt: skip
+OF_READING = {
+    "": {}, "standalone": {"classifier": "standalone"}, "unbalanced": {"thinned": True},
+    "printed": {"target": "alpha", "classifier_learning_rate": None},
+    "entropy": {"class_entropy": "batch", "classifier_learning_rate": None},
+    "gan": {"prior": "normal"}, "gm-gan": {"prior": "mixture"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", run.experiments("gan_responsibility"))
+def test_the_experiments_are_the_papers(experiment):
+    """Every value of their YAML, Table 5's first."""
+    data, _, reading = experiment.partition("-")
+    expected = (TASK if "gan" in reading else SYSTEM) | {"dataset": data} | OF_DATA[data] | OF_READING[reading]
+    assert dataclasses.asdict(run.experiment_config("gan_responsibility", experiment)) == expected
+    assert (scores.SAMPLES, scores.SPLITS) == (5000, 10)  # Sec. 3.3
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
@@ -139,6 +170,26 @@ def test_the_information_loss_by_hand():
     assert information_loss(logits, alpha, "component").item() == pytest.approx(hard, rel=1e-5)
 
 
+@pytest.mark.parametrize("target", ["alpha", "component"])
+def test_perfect_responsibilities_repel_as_printed_and_attract_with_the_target_k(target):
+    """The algebra of NOTES.md: G is perfect, so C's best row for the fakes of k is the next α of class k."""
+    k, errors = 10, []
+    alpha = torch.full((k, k), 0.001 / (k - 1), dtype=torch.float64).fill_diagonal_(0.999)  # one image of each class
+    for _ in range(14):
+        logits = alpha.log().clamp_min(-700).requires_grad_()
+        (slope,) = torch.autograd.grad(information_loss(logits.expand(k, k, k), alpha, target), logits)
+        best = alpha - k * slope / alpha.mean(0)[:, None]  # the slope is (ᾱ_k C_kj - M_kj) / K, or (ᾱ_k C_kj - ᾱ_k) / K
+        printed = alpha.T @ alpha / alpha.sum(0)[:, None]  # M_kj / ᾱ_k
+        torch.testing.assert_close(best, printed if target == "alpha" else torch.eye(k).double())
+        alpha = best.clamp_min(0)
+        errors.append(1 - alpha.diagonal().mean().item())
+    if target == "alpha":
+        assert (errors[0], errors[6]) == (pytest.approx(0.002, rel=0.01), pytest.approx(0.12, abs=0.01))
+        torch.testing.assert_close(alpha, torch.full_like(alpha, 1 / k), atol=0.01, rtol=0)
+    else:
+        assert max(errors) < 1e-12
+
+
 def test_the_class_entropy_by_hand():
     def entropy(row):
         return -sum(p * math.log(p) for p in row)
@@ -216,7 +267,7 @@ def literal(system: Responsibility, given: train.Batch) -> dict[str, list[torch.
 
     alphas = [classify(given.real[i : i + 1]).softmax(-1) for i in range(m)]
     entropies = {"left_out": [], "batch": [sum(alphas) / m], "image": alphas}[config.class_entropy]
-    d_value = g_value = 0.0
+    d_value = g_value = g_by_alpha = 0.0  # the last: D's verdicts fixed
     information = sum((p * p.log()).sum() / k / len(entropies) for p in entropies)
     for i in range(m):
         alpha = alphas[i]
@@ -229,6 +280,7 @@ def literal(system: Responsibility, given: train.Batch) -> dict[str, list[torch.
             d_value = d_value + fixed[j] / k * (on_real.log() + (1 - on_fake).log()) / m
             score = (1 - on_fake).log() if config.saturating else -on_fake.log()
             g_value = g_value + in_adversarial[j] / k * score / m
+            g_by_alpha = g_by_alpha + in_adversarial[j] / k * score.detach() / m
             log_p = classify(fake).log_softmax(-1)
             cross_entropy = -(in_information * log_p).sum() if config.target == "alpha" else -log_p[j]
             information = information + in_information[j] / k * cross_entropy / m
@@ -238,8 +290,9 @@ def literal(system: Responsibility, given: train.Batch) -> dict[str, list[torch.
 
     both = grad(g_value, mine["classifier"]), grad(information, mine["classifier"])
     g_total = g_value + information if config.information_moves == "all" else g_value
+    of_c = g_by_alpha + information if config.classifier_moves_encoder else 0
     return {
-        "discriminator": grad(-d_value, mine["discriminator"]),
+        "discriminator": grad(of_c - d_value, mine["discriminator"]),
         "generator": grad(g_total, mine["generator"]),
         "classifier": [a + b for a, b in zip(*both, strict=True)],
     }
@@ -251,6 +304,7 @@ SWITCHES = [
     {"class_entropy": "image"}, {"target": "component", "class_entropy": "batch"},
     {"target": "component", "adversarial_moves_classifier": False, "alpha_in_information": "trained"},
     {"classifier": "standalone", "information_moves": "all", "alpha_in_information": "trained"},
+    {"classifier_moves_encoder": True}, {"classifier_moves_encoder": True, "class_entropy": "batch"},
 ]  # fmt: skip
 by_switches = pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()))
 
@@ -280,10 +334,11 @@ def test_who_is_moved_by_which_loss(switches, monkeypatch):
 
     through_alpha = {"classifier"} if switches.get("adversarial_moves_classifier", True) else set()
     through_fakes = {"generator"} if switches.get("information_moves") == "all" else set()
+    encoder = {"discriminator"} if "classifier_moves_encoder" in switches else set()
     assert moved("discriminator_loss") == {"discriminator"}  # α is fixed there
-    assert moved("generator_loss") == {"generator"} | through_alpha
-    assert moved("information_loss") == {"classifier"} | through_fakes
-    assert moved("class_entropy") == ({"classifier"} if "class_entropy" in switches else set())
+    assert moved("generator_loss") == {"generator"} | through_alpha | encoder
+    assert moved("information_loss") == {"classifier"} | through_fakes | encoder
+    assert moved("class_entropy") == ({"classifier"} | encoder if "class_entropy" in switches else set())
 
 
 OWNERS = {  # Algorithm 1, with μ and A beside G (ledger 2): network, whose it is
@@ -383,6 +438,29 @@ def test_bf16_gives_nearly_the_same_gradients(switches):
         assert F.cosine_similarity(exact, rough, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("module", [train, gan])
+def test_the_precision_is_the_one_asked_for(module):
+    system, seen = built(small(module)).float(), []
+    system.encoder[0].register_forward_hook(lambda *given: seen.append(given[2].dtype))
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        module.train_step(system, sgd(system, 0.0), train.Batch(batch().real.float(), run.generator(5)), precision)
+        assert {*seen} == {dtype}
+        seen.clear()
+
+
+def test_what_a_step_logs():
+    system, given = built(small()), batch()
+    found = train.train_step(system, sgd(system, 0.0), given)
+    norms = {name: torch.cat([p.grad.flatten() for p in several]).norm() for name, several in system.players().items()}
+    noise = torch.randn(4, 3, 4, generator=batch().noise, dtype=torch.float64)
+    on_fakes, logits = system.forward_d_and_c(system.generator(system.mixture(noise).flatten(0, 1)))
+    on_real, of_real = system.forward_d_and_c(given.real)
+    alpha = of_real.softmax(-1)
+    losses = system.losses(on_real, on_fakes.view(4, 3), logits.view(4, 3, 3), alpha)
+    expected = dict(zip(("d_loss", "g_loss", "information"), losses, strict=True)) | model.shares(alpha)
+    torch.testing.assert_close(found, expected | {f"{name}_grad": norm for name, norm in norms.items()})
+
+
 def operations(function, *inputs) -> int:
     with FlopCounter() as counter:
         function(*inputs)
@@ -415,8 +493,62 @@ def test_accuracy_and_weights_of_perfect_responsibilities():
     nothing = scores.mode_weights_against_classes(torch.full((6, 3), 1 / 3), labels)
     assert [nothing[f"weight_error{s}"] for s in ("", "_uniform")] == pytest.approx([1 / 6, 1 / 6], abs=1e-6)
     leaning = alpha * 0.4 + 0.2  # argmax is right, the means are not
+    assert scores.clustering(F.one_hot(labels, 4), labels, 3) == {"nmi": pytest.approx(1)}
     found = scores.mode_weights_against_classes(leaning, labels)
+    assert found["weight_of_1"] == pytest.approx(0.4)
     assert found["weight_error_hard"] == pytest.approx(0) and found["weight_error"] == pytest.approx(0.6 / 6, abs=1e-6)
+
+
+def test_purity_by_hand():
+    gaussians, classes = torch.tensor([0] * 5 + [1] * 4), torch.tensor([0] * 8 + [1])  # [[5, 0], [3, 1]]
+    found = {"sample_purity": 0.875, "sample_classes": 1, "sample_purity_of_0": 1, "sample_purity_of_1": 0.75}
+    assert scores.purity(gaussians, classes, 2, 3) == found
+    assert scores.purity(gaussians, classes, 2, 2) == pytest.approx(found | {"sample_accuracy": 6 / 9})
+
+
+def test_what_gaussians_generate(monkeypatch):
+    """The judge sees classes 1, 2 and 0, but 50 of Gaussian 0's 500 samples are of 0. C takes 0's samples for 1's."""
+    system, data = train.Config(dataset="digits", n_components=3).build(), toy.dataset()  # of three classes
+    judge = classifier.Network((1, 28, 28), 3)
+    monkeypatch.setattr(system, "sample", lambda weights, seed: weights.argmax(1) / 10)
+    monkeypatch.setattr(system, "responsibilities", lambda x: F.one_hot((10 * x).round().long().clamp(min=1), 3))
+    monkeypatch.setattr(classifier, "trained", lambda of, *_: (judge, 90.0) if of is data else None)
+    seen = [128, 140, 153]  # 0, 0.1 and 0.2 as uint8
+    judged = [0] * 50 + [1] * 450 + [2] * 500 + [0] * 500
+    monkeypatch.setattr(classifier, "classify", lambda _, x: torch.tensor(judged) if x.unique().tolist() == seen else x)
+    found, name = evaluation.what_gaussians_generate(system, data, run.Options("digits"), 0, torch.device("cpu"))
+    expected = {"judge_accuracy": 0.9, "samples_recognised": 2 / 3, "sample_purity": 2.9 / 3, "sample_classes": 3}
+    expected |= {"sample_purity_of_0": 0.9, "sample_purity_of_1": 1, "sample_purity_of_2": 1}
+    assert found == pytest.approx(expected | {"sample_accuracy": 2.9 / 3}) and name == classifier.digest(judge)
+
+
+def test_the_toy_is_three_gaussians():
+    data = toy.dataset()
+    for points, labels, n in ((data.train_images, data.train_labels, 3200), (data.test_images, data.test_labels, 1000)):
+        assert (labels.bincount() / n).tolist() == pytest.approx([0.5, 0.3, 0.2]) and len(points) == n
+        assert torch.equal(toy.nearest_class(points), labels) and points.abs().max() <= 1
+        for k, mean in enumerate(((0, 0.6), (-0.6 * 0.75**0.5, -0.3), (0.6 * 0.75**0.5, -0.3))):
+            torch.testing.assert_close(points[labels == k].mean(0), torch.tensor(mean), atol=0.015, rtol=0)
+            torch.testing.assert_close(points[labels == k].std(0), torch.full((2,), 0.08), atol=0.01, rtol=0)
+
+
+def test_the_best_scores_are_each_its_own_best_epoch(monkeypatch):
+    """Table 6 from a log, and the scores of an epoch: of samples by the training images' weights."""
+    monkeypatch.setattr(evaluation, "SAMPLES", 7)
+    monkeypatch.setattr(train, "SAMPLES", 6)
+    log = {1: (2.0, 0.1, 90.0), 3: (2.9, 0.2, 80.0), 5: (2.5, 0.3, 70.0), 6: (2.4, 0.4, 75.0)}
+    names = ("inception_score", "inception_score_deviation", "fid")
+    rows = [{"epoch": e} | dict(zip(names, log.get(e, ()), strict=False)) for e in range(1, 7)]
+    data, asked = toy.dataset(), []
+    system = type("", (), {"mode_weights": lambda _, x: x, "sample_mixture": lambda _, *given: given})()
+    scorer = type("", (), {"scores": lambda _, x: asked.append(x) or {"fid": 76}, "of_real_images": lambda *_: {}})()
+    found = evaluation.table_6(system, data, scorer, rows, 4)
+    best = {"inception_score_best": 2.9, "inception_score_best_deviation": 0.2, "fid_best": 70, "fid": 76}
+    curves = {f"inception_score_after_{e}": row[0] for e, row in log.items()}
+    assert found == best | curves | {f"fid_after_{e}": row[2] for e, row in log.items()}
+    assert train.scores_of_epoch(system, data, scorer, 5) == {"fid": 76}
+    assert [(n, images is data.train_images, seed) for n, images, seed in asked] == [(7, True, 4), (6, True, 5)]
+    assert train.scores_of_epoch(system, data, None, 5) == {}
 
 
 def test_what_c_learned_pairs_images_with_their_own_labels(monkeypatch):
@@ -429,6 +561,9 @@ def test_what_c_learned_pairs_images_with_their_own_labels(monkeypatch):
     found = evaluation.what_c_learned(system, data)
     assert found["accuracy"] == found["accuracy_train"] == 1 and found["weight_error"] == pytest.approx(0)
     assert found["alpha_entropy"] == 0 and 0.8 < found["alpha_information"] <= 1
+    assert found["largest_weight"] == pytest.approx(labels.bincount().max().item() / 30)
+    row = {"accuracy": 1, "nmi": 1} | {f"test_{x}": found[x] for x in found if x.startswith(("alpha", "largest"))}
+    assert train.scores_of_epoch(system, data, None, 0) == pytest.approx(row) and len(row) == 5
 
 
 def test_information_share():
@@ -446,6 +581,28 @@ def test_the_way_from_one_gaussian_to_the_next():
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, evaluation.STEPS))
 
 
+def test_what_the_pictures_show(monkeypatch, tmp_path):
+    """Samples of each Gaussian in a row of ten; the ways between Gaussians with one ε."""
+    system, asked, shown = train.Config(dataset="digits", n_components=3, latent_dim=2).build(), [], {}
+
+    def sample(weights, seed, same_noise=False):
+        asked.append((seed, same_noise))
+        return 2 * weights - 1
+
+    monkeypatch.setattr(system, "sample", sample)
+    monkeypatch.setattr(train, "save_grid", lambda images, path, columns: shown.update({path.stem: (images, columns)}))
+    monkeypatch.setattr(plots, "save_labelled_grid", lambda x, path, n, *_: shown.update({path.stem: (x, n)}))
+    monkeypatch.setattr(plots, "save_course", lambda *_: None)
+    train.save_samples(system, tmp_path / "epoch.png", 7, 1)
+    state = {"identity": {"experiment": "digits", "seed": 7}, "epoch": 1, "rows": []}
+    evaluation.figures(system, state, tmp_path)
+    rows = torch.eye(3).repeat_interleave(10, 0), 10
+    ways = evaluation.from_one_to_the_next(3), evaluation.triangle(3)
+    expected = {"epoch": rows, "samples": rows, "interpolations": (ways[0], 9), "triangle": (ways[1], 9)}
+    torch.testing.assert_close(shown, expected)
+    assert asked == [(7, False), (7, False), (7, True), (7, True)]
+
+
 def test_the_same_noise_is_the_same():
     system = train.Config(dataset="digits", n_components=2, latent_dim=3).build()
     same = system.sample(torch.eye(2)[[0, 0, 1]], same_noise=True)
@@ -453,6 +610,7 @@ def test_the_same_noise_is_the_same():
     assert (same[0] - same[2]).abs().max() > 1e-4
     other = system.sample(torch.eye(2)[[0, 0]])
     assert (other[0] - other[1]).abs().max() > 1e-4 and -1 <= other.min() and other.max() <= 1
+    assert (other - system.sample(torch.eye(2)[[0, 0]], seed=1)).abs().max() > 1e-4
     torch.testing.assert_close(system.sample(torch.eye(2)[[0, 0, 1]], same_noise=True, batch=2), same)
     assert system.training and other.requires_grad is False
 
@@ -464,9 +622,10 @@ def test_the_whole_mixture_is_sampled_by_the_mean_responsibilities(monkeypatch):
     weights = system.mode_weights(None)
     torch.testing.assert_close(weights, torch.tensor([0.7, 0.1, 0.2]))
     asked = []
-    monkeypatch.setattr(system, "sample", lambda w, seed: asked.append(w) or torch.zeros(len(w), 1, 28, 28))
-    samples = system.sample_mixture(5000, weights)
-    torch.testing.assert_close(asked[0].mean(0), weights, atol=0.03, rtol=0)
+    monkeypatch.setattr(system, "sample", lambda *given: asked.append(given) or torch.zeros(len(given[0]), 1, 28, 28))
+    samples, _ = (system.sample_mixture(5000, weights, seed) for seed in (0, 1))
+    torch.testing.assert_close(asked[0][0].mean(0), weights, atol=0.03, rtol=0)
+    assert [seed for _, seed in asked] == [0, 1] and not torch.equal(asked[0][0], asked[1][0])
     assert samples.dtype == torch.uint8 and set(samples.unique().tolist()) == {128}
     baseline = gan.Config(dataset="digits", n_components=4).build()
     assert baseline.mode_weights(None).tolist() == [0.25] * 4
@@ -474,12 +633,13 @@ def test_the_whole_mixture_is_sampled_by_the_mean_responsibilities(monkeypatch):
 
 @pytest.mark.parametrize("classifier", ["shared", "standalone"])
 def test_images_are_never_misread(classifier):
-    """uint8 images and the same ones as floats in [-1, 1] have the same p(k|x); other floats are refused."""
-    system = train.Config(dataset="digits", classifier=classifier).build()
+    """uint8 images and the same ones as floats in [-1, 1] have the same p(k|x), whatever else is in their batch; other
+    floats are refused."""
+    system = train.Config(dataset="digits", classifier=classifier, networks="as_printed").build()
     images = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images[0, 0, 0, :2] = torch.tensor([0, 255], dtype=torch.uint8)
     floats = model.as_input(images)
-    assert (floats.min(), floats.max()) == (-1, 1)
+    assert (floats.min(), floats.max()) == (-1, 1) and torch.equal(model.to_uint8(floats), images)
     alpha = system.responsibilities(images)
     torch.testing.assert_close(alpha, system.responsibilities(floats, batch=3))
     torch.testing.assert_close(alpha.sum(1), torch.ones(7))
@@ -492,8 +652,20 @@ def test_images_are_never_misread(classifier):
 
 def test_the_layers_between():
     """What shapes do not show: activations and their slope, the range of G, the initial weights."""
+    shape, tconv = (1, 28, 28), "BatchNorm2d LeakyReLU ConvTranspose2d"
+    for network, expected in {
+        model.generator(shape, 2): f"Linear BatchNorm1d LeakyReLU Unflatten ConvTranspose2d {tconv} {tconv} Tanh",
+        model.encoder(shape, "count_matched"): "Conv2d LeakyReLU Conv2d LeakyReLU Conv2d LeakyReLU Flatten",
+        model.encoder(shape, "as_printed"): "Conv2d LeakyReLU Conv2d BatchNorm2d LeakyReLU Flatten",
+        model.standalone_classifier(shape, 3): "Conv2d ReLU MaxPool2d Conv2d ReLU Flatten Linear ReLU Linear",
+    }.items():
+        assert " ".join(type(m).__name__ for m in network) == expected
+        assert {(m.momentum, m.eps) for m in network if "Norm" in type(m).__name__} <= {(0.1, 1e-5)}  # ledger 16
     system = train.Config(dataset="digits").build()
     assert {m.negative_slope for m in system.modules() if isinstance(m, nn.LeakyReLU)} == {0.3}
+    means, scales = system.mixture.means, system.mixture.scales
+    assert -0.1 <= means.min() < -0.09 and 0.09 < means.max() <= 0.1
+    assert torch.equal(scales, 0.15 * torch.eye(100).expand(10, -1, -1))
     fakes = system.generator(50 * torch.randn(8, 100))
     assert fakes.min() >= -1 and fakes.max() <= 1 and isinstance(system.generator[-1], nn.Tanh)
     for m in system.modules():
@@ -508,7 +680,10 @@ def test_the_optimisers_and_the_collapse_in_a_run(tiny, tmp_path, capsys):
     seen = []
 
     def step(system, optimizers, *_):
-        seen.append({name: (o.param_groups[0]["lr"], o.param_groups[0]["betas"]) for name, o in optimizers.items()})
+        groups = {name: optimizer.param_groups[0] for name, optimizer in optimizers.items()}
+        seen.append({name: (group["lr"], group["betas"]) for name, group in groups.items()})
+        owned = {name: [*map(id, parameters)] for name, parameters in system.players().items()}
+        assert {name: [*map(id, group["params"])] for name, group in groups.items()} == owned
         values = {"d_loss": 1.0, "alpha_entropy": 1.0, "alpha_information": 0.0, "largest_weight": 0.1}
         return {name: torch.tensor(value) for name, value in values.items()}
 
@@ -544,7 +719,7 @@ def test_a_collapse_is_said_when_it_begins(capsys):
         train.say_if_collapsed([{"epoch": i + 1, **row} for i, row in enumerate(rows)])
         return capsys.readouterr().out
 
-    alive = {"alpha_information": 0.3, "largest_weight": 0.4}
+    alive = {"alpha_information": 0.011, "largest_weight": 0.989}
     same = {"alpha_information": 0.001, "largest_weight": 0.1}
     assert said(alive) == said(same, alive) == said({"d_loss": 1.0}) == ""  # a baseline has no α
     assert said(same) == said(same, alive, same).replace("epoch 3", "epoch 1") != "" == said(alive, same, same)
@@ -605,6 +780,78 @@ def test_two_steps_of_every_experiment_and_its_evaluation(experiment, tiny, tmp_
     assert trained.sample(torch.eye(k)).shape == (k, *config.shape) and not trained.training
     train.train(config, options, step)
     assert "complete" in capsys.readouterr().out
+
+
+def numbered(first: int, end: int) -> torch.Tensor:
+    """Image i is i everywhere."""
+    return torch.arange(first, end, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+
+
+def numbers(images: torch.Tensor) -> list[int]:
+    return images[:, 0, 0, 0].tolist()
+
+
+@pytest.fixture
+def seen():
+    """Of each step the numbers of its images, its first noise and a weight; and a step that does nothing else."""
+    steps, noises, weights = [], [], []
+
+    def step(system, optimizers, given, *_):
+        steps.append(numbers(model.to_uint8(given.real)))
+        noises.append(torch.randn(1, generator=given.noise).item())
+        weights.append(system.discriminator.weight[0, 0].item())
+        assert len(system.mixture.means) == 10  # as many as classes
+        return {"d_loss": torch.ones(())}
+
+    return steps, noises, weights, step
+
+
+@pytest.mark.parametrize("n, sizes", [(21, [8, 8, 5]), (17, [8, 8])])
+def test_the_loop_takes_every_image_once_an_epoch_in_a_new_order(n, sizes, tmp_path, monkeypatch, seen):
+    """But for one left alone. Each step has noise of its own; all is the seed's. The last epoch is scored too."""
+    steps, noises, weights, step = seen
+    data = Dataset("digits", *[numbered(0, n), torch.arange(n)] * 2, tuple("0123456789"), "0", False)
+    monkeypatch.setattr(train, "load", lambda *_: data)
+    monkeypatch.setattr(scores.Scorer, "find", lambda *_: "scorer")
+    scored = []
+    monkeypatch.setattr(train, "scores_of_epoch", lambda _, given, scorer, seed: scored.append((scorer, seed)) or {})
+    config = train.Config(dataset="digits", n_components=None, batch=8, epochs=3, score_every=2, latent_dim=2)
+    for seed, name in ((1, "a"), (1, "b"), (2, "c")):
+        train.train(config, run.Options("digits", seed, runs=tmp_path / name, device="cpu"), step)
+        assert scored[-3:] == [(None, seed), ("scorer", seed), ("scorer", seed)]
+    assert [len(images) for images in steps] == 9 * sizes
+    orders = [sum(steps[i : i + len(sizes)], []) for i in range(0, len(steps), len(sizes))]
+    assert all(len(set(order)) == sum(sizes) and set(order) <= {*range(n)} for order in orders)
+    assert orders[:3] == orders[3:6] and noises[: len(noises) // 3] == noises[len(noises) // 3 :][: len(noises) // 3]
+    assert len({*map(tuple, orders), tuple(range(sum(sizes)))}) == 7 and len(set(noises)) == 6 * len(sizes)
+    assert len(set(weights)) == 2
+
+
+def test_thinned_and_held_out_images(tmp_path, monkeypatch, seen):
+    """The counts; images keep their labels; held-out images are never trained on; the test images are not looked at."""
+    labels = torch.arange(100) // 25
+    data = Dataset("digits", numbered(0, 100), labels, numbered(100, 200), labels, tuple("0123456789"), "0", False)
+    config = train.Config(dataset="digits", batch=4, epochs=1, latent_dim=2, thinned=True)
+    few = train.prepared(data, config)
+    for images, kept in ((few.train_images, few.train_labels), (few.test_images, few.test_labels)):
+        assert kept.bincount().tolist() == [25, 13, 7, 25] and len({*numbers(images)}) == 70
+        assert kept.tolist() == [i % 100 // 25 for i in numbers(images)]
+    assert numbers(few.train_images)[25:38] != [*range(25, 38)]  # drawn, not the first
+    scored = []
+    monkeypatch.setattr(train, "load", lambda *_: data)
+    monkeypatch.setattr(train, "scores_of_epoch", lambda _, given, *rest: scored.append(given) or {})
+    monkeypatch.setattr(evaluation, "what_c_learned", lambda _, given: scored.append(given) or {})
+    monkeypatch.setattr(evaluation, "what_gaussians_generate", lambda _, given, *rest: scored.append(given) or ({}, ""))
+    monkeypatch.setattr(evaluation, "figures", lambda *_: None)
+    options = run.Options("digits", 3, runs=tmp_path, device="cpu")
+    train.train(dataclasses.replace(config, validation=20), options, seen[-1])
+    evaluation.evaluate(options)
+    assert scored[2] is data  # of the judge of the samples
+    for given in scored[:2]:
+        held, rest = numbers(given.test_images), numbers(given.train_images)
+        assert len({*held}) == 20 and sorted(held + rest) == numbers(few.train_images)
+        assert sorted(sum(seen[0], [])) == sorted(rest)
+        assert given.test_labels.tolist() + given.train_labels.tolist() == [i // 25 for i in held + rest]
 
 
 def test_table_6_and_figure_4_with_weights(tiny, tmp_path, monkeypatch):
