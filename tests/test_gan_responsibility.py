@@ -592,7 +592,6 @@ def test_what_the_pictures_show(monkeypatch, tmp_path):
     monkeypatch.setattr(system, "sample", sample)
     monkeypatch.setattr(train, "save_grid", lambda images, path, columns: shown.update({path.stem: (images, columns)}))
     monkeypatch.setattr(plots, "save_labelled_grid", lambda x, path, n, *_: shown.update({path.stem: (x, n)}))
-    monkeypatch.setattr(plots, "save_course", lambda *_: None)
     train.save_samples(system, tmp_path / "epoch.png", 7, 1)
     state = {"identity": {"experiment": "digits", "seed": 7}, "epoch": 1, "rows": []}
     evaluation.figures(system, state, tmp_path)
