@@ -35,7 +35,7 @@ OFFICIAL_COUNTS: dict[str, tuple[int, int]] = {  # (train, test) images
     "digits": (1437, 360), "mnist": (60_000, 10_000), "fashion_mnist": (60_000, 10_000), "flowers10": (100, 322),
     "svhn": (73_257, 26_032), "svhn_extra": (604_388, 26_032), "celeba": (182_637, 19_962), "stl10": (5_000, 8_000),
     "celeba_train": (162_770, 19_962), "cifar10": (50_000, 10_000), "flowers10_all": (522, 322)}  # fmt: skip
-OFFICIAL_DIGESTS = {  # over the SHA-256 above, over torchvision's MD5s, over scikit-learn's digits and our split
+OFFICIAL_DIGESTS = {  # over the SHA-256 above, torchvision's MD5s, or the digits; JPEG decoders differ in the last bit
     "digits": "55c087b603d0064f", "mnist": "c65580678af93f1e", "svhn": "473353b632ab1e07", "stl10": "3719787a2e61023e",
     "fashion_mnist": "d1fd84a877f3b78f", "svhn_extra": "10da13ac73eeb991", "cifar10": "b35d8103e8cdeaab"}  # fmt: skip
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
@@ -98,11 +98,6 @@ def described(name: str, sets: dict[str, tuple[tuple[int, ...], int | None]]) ->
         names = ", ".join(f"{known}:<path>" if n is None else known for known, (_, n) in sets.items())
         raise ValueError(f"--dataset: {name!r} is not one of {names}")
     return sets[kind]
-
-
-def official_digest(name: str) -> str | None:
-    """The digest of the official data; None for JPEG files, whose decoders differ in the last bit."""
-    return OFFICIAL_DIGESTS.get(name)
 
 
 def choose_labels(labels: Tensor, n: int, how: str, classes: Sequence[str], seed: int) -> Tensor:

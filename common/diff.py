@@ -26,7 +26,7 @@ import torch
 from scipy.stats import t as student
 
 from common import run
-from common.data import OFFICIAL_COUNTS, official_digest
+from common.data import OFFICIAL_COUNTS, OFFICIAL_DIGESTS
 from common.run import ROOT, UserError
 
 BEGIN, END = "<!-- results: begin (written by `make results`) -->", "<!-- results: end -->"
@@ -83,9 +83,10 @@ def not_comparable(record: dict, config) -> str | None:
     differing = [key for key in ours if key not in {"epochs", *filled} and theirs.get(key, ours[key]) != ours[key]]
     unknown = record["config_hash"] != run.config_hash(config) and (not filled or theirs.keys() - ours.keys())
     fields = ", ".join(f"{key} {theirs[key]}" for key in differing) or "a field unknown here"
-    data, images, steps = made["data"], (made["train_images"], made["test_images"]), made["steps_beyond"]
+    data, digest, images = made["data"], made["data_digest"], (made["train_images"], made["test_images"])
     counts = zip(images, OFFICIAL_COUNTS.get(data, images), ("", " of the test set"), strict=True)
     few = [f"{n:,} of {m:,} images{where}" for n, m, where in counts if n != m]
+    steps = made["steps_beyond"]
     epochs = f"{made['epochs']}{f' and {steps} steps' if steps else ''} of {config.epochs} epochs"
     reasons = [
         (differing or unknown, f"another config ({fields})"),
@@ -93,7 +94,7 @@ def not_comparable(record: dict, config) -> str | None:
         (steps or made["epochs"] != config.epochs, epochs),
         (few, "".join(few[:1])),
         (not made["data_official"], f"unofficial data ({images[0]:,} + {images[1]:,} images)"),
-        (official_digest(data) not in (None, made["data_digest"]), f"other data (digest {made['data_digest']})"),
+        (OFFICIAL_DIGESTS.get(data, digest) != digest, f"other data (digest {digest})"),
     ]
     return next((reason for holds, reason in reasons if holds), None)
 
