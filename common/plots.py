@@ -34,7 +34,7 @@ def save_figure(figure, path: Path) -> None:
 
     figure.tight_layout()
     if OF:
-        bottom = figure.get_tightbbox().y0 / figure.get_figheight()  # a legend may hang below the panels
+        bottom = figure.get_tightbbox().y0 / figure.get_figheight() - 0.01  # a legend may hang below the panels
         figure.text(0.5, bottom, OF, fontsize=7, color="grey", ha="center", va="top", parse_math=False)
     for kind in FORMATS:
         with atomic(path.with_suffix(f".{kind}"), "wb") as file:

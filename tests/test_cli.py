@@ -216,7 +216,7 @@ def test_describe_needs_no_data_and_a_baseline_is_a_command_of_its_own(tmp_path,
         code, out, err = call(m1m2.main, name, "--describe", "--json", "--runs", tmp_path, capsys=capsys)
         assert code == 0 and json.loads(out)["config"]["m1_epochs"] == 200, err
     code, _, err = call(m1m2.main, "digits", "--m1-epochs", "500", capsys=capsys)
-    assert code == 2 and "m1_epochs: 500 of 500 epochs leave none for M2" in err
+    assert code == 2 and "--m1-epochs: 500 of 500 epochs leave none for M2" in err
 
 
 def test_there_is_one_config_class(tmp_path):

@@ -884,8 +884,8 @@ def test_the_command_line(tmp_path):
     made, _ = toy.samples(run.experiment_config("gmgan", "toy").build())
     assert toy.negative_log_likelihood(made) - toy.entropy(made) > 4
     where = ["toy", "--runs", tmp_path, "--threads", "1", "--learning-rate", "1e-3"]
-    code, out, err = run_command("gmgan.train", *where, "--epochs", "10")
-    assert code == 0 and "trained 10 epochs" in out, err
+    code, out, err = run_command("gmgan.train", *where, "--epochs", "20")
+    assert code == 0 and "trained 20 epochs" in out, err
     assert run_command("gmgan.eval", *where)[0] == 0
     metrics = json.loads((tmp_path / "gmgan/toy/seed0-learning-rate-0.001/eval.json").read_text())["metrics"]
     assert metrics["divergence"] < 2.5 and metrics["covered_modes"] >= 4, metrics

@@ -545,7 +545,7 @@ def test_figures_of_any_class_names_and_of_a_single_epoch(tmp_path, monkeypatch)
         assert len(boxes) == 12 and all(box.count_overlaps(boxes) == 1 for box in boxes)
         assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == names
     before = len(made)  # of two classes there is no third one between
-    geometry({"mean_distances": torch.rand(2, 2).tolist(), "between": {"a-b": {}}}, ["a", "b"], tmp_path, "")
+    geometry({"mean_distances": torch.rand(2, 2).tolist(), "between": {"a-b": {}}}, ["a", "b"], tmp_path)
     assert len(made) == before + 1
     rows = [{"epoch": 1, "mse": 20.0, "d2": 0.1}, {"epoch": 2, "mse": 10.0, "d2": 0.001}]
     for several, scales in ((rows, ["linear", "log"]), (rows[:1], ["linear", "linear"])):
@@ -588,7 +588,7 @@ def test_figures_7_and_8_start_from_the_class_that_eq_7_gives(tmp_path, monkeypa
     assert drawn[1][4] == ["0, away from 1", "1, away from 0", "2, away from 3", "3, away from 2"]
     torch.testing.assert_close(codes[1][:, 2], z[chosen] + 0.5 * (means - means[[1, 0, 3, 2]]))
     for seed in range(20):  # where no image is taken for 3 it goes from another class to another than that
-        style_transfers(system, data, z[assigned % 3], torch.Generator().manual_seed(seed), tmp_path, "")
+        style_transfers(system, data, z[assigned % 3], torch.Generator().manual_seed(seed), tmp_path)
         assert all(source != target for source, target in (row.split(" to ") for row in drawn[-1][4]))
 
 
@@ -598,7 +598,7 @@ def test_with_one_class_figure_6_goes_from_one_image_to_another(tmp_path, monkey
     data = Dataset("mine", images, torch.zeros(3).long(), images, torch.zeros(3).long(), ("a",), "0" * 16, False)
     monkeypatch.setattr(plots, "save_labelled_grid", lambda *arguments: drawn.append(arguments))
     for seed in range(20):
-        interpolations(system, data, torch.randn(3, 10), torch.Generator().manual_seed(seed), tmp_path, "")
+        interpolations(system, data, torch.randn(3, 10), torch.Generator().manual_seed(seed), tmp_path)
     ends = {(round(255 * row[0][0].item()), round(255 * row[0][-1].item())) for row in drawn}
     assert len(ends) == 6 and all(first != last for first, last in ends) and drawn[0][4] == ["a to a"]
 
