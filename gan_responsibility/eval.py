@@ -23,8 +23,8 @@ from gan_responsibility.train import prepared, read
 JUDGED = 500  # samples of each Gaussian that the classifier judges
 STEPS = 9  # images from one Gaussian to another, Fig. 2; along a side of the triangle, Fig. 3
 COURSE = {  # the log's columns, as the training figure names them
-    "d_loss": "loss of D, eq. (1), nats",
-    "g_loss": "loss of G, eq. (2), nats",
+    "d_loss": "loss of D, nats",
+    "g_loss": "loss of G, nats",
     "information": "cross-entropy of C, eq. (4), nats",
     "alpha_entropy": "entropy of p(k|x) over log K",
     "alpha_information": "information of k on x over log K",
