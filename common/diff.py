@@ -51,6 +51,13 @@ def read_csv(paper: str, name: str) -> list[dict]:
         raise UserError(f"{path}: a line has a cell too few or too many, or it is no text") from None
 
 
+def glossary(paper: str) -> dict[str, list[str]]:
+    """The names in log.csv and eval.json, sorted: what each is, its unit, and lower or higher where one is better."""
+    known = {name: [what, "", ""] for name, what in importlib.import_module(f"{paper}.eval").COURSE.items()}
+    known |= {n["metric"]: [n["what"], n["unit"] or "", n["better"] or ""] for n in read_csv(paper, "published")}
+    return dict(sorted(known.items()))
+
+
 def readings(number: dict) -> list[str]:
     return [number["experiment"], *(number["also"] or "").split()]
 
@@ -399,9 +406,8 @@ def pages() -> dict[Path, str]:
             "[RESULTS.md](RESULTS.md) has every number, claim, reference run and figure."
         )
         glance += [[f"[{paper}]({paper}/README.md)", *cells] for cells in short]
-        known = {name: [what, "", ""] for name, what in importlib.import_module(f"{paper}.eval").COURSE.items()}
-        known |= {n["metric"]: [n["what"], n["unit"] or "", n["better"] or ""] for n in read_csv(paper, "published")}
-        names = [["name", "what", "unit", "better"], *([f"`{name}`", *known[name]] for name in sorted(known))]
+        names = [["name", "what", "unit", "better"]]
+        names += [[f"`{name}`", *words] for name, words in glossary(paper).items()]
         runs = [["experiment", "seed", *FACTS, "minutes", "commits"]]
         for r, made in ((r, r["provenance"]) for r in records):
             facts = [", ".join(map(str, made[key])) if isinstance(made[key], list) else str(made[key]) for key in FACTS]

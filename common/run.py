@@ -702,7 +702,7 @@ def record(config: Any, state: dict, metrics: dict, device: torch.device, **judg
 
 def evaluate_from(paper: str, evaluate: Callable, argv: list[str] | None, shown: Callable[[str], bool] = bool) -> None:
     """The command `python -m <paper>.eval`: evaluate(options) gives what `record` made. shown: the metrics to print."""
-    from common import plots  # which imports this module
+    from common import diff, plots  # which import this module
 
     config, options = parse(f"{paper}.eval", None, argv)
     folder, earlier = options.folder(paper), {}
@@ -716,7 +716,9 @@ def evaluate_from(paper: str, evaluate: Callable, argv: list[str] | None, shown:
         print(f"left out, where the evaluation before this one had them: {', '.join(sorted(lost))}")
     done = f"{origin['epochs']} of {result['config']['epochs']} epochs on {origin['data']}"
     print(f"{paper} {options.experiment}, seed {options.seed}, {done}:")
+    words = diff.glossary(paper)
     for name in filter(shown, result["metrics"]):
-        print(f"  {name:<34}{result['metrics'][name]:.6g}")
+        what = ", ".join(filter(None, words.get(name, [])[:2]))
+        print(f"  {name:<34}{result['metrics'][name]:<12.6g}{what}".rstrip())
     print(f"numbers in {folder / 'eval.json'}, pictures in {folder / 'figures'}")
     print("next: make diff" + ("" if options.runs == Path("runs") else f" RUNS={options.runs}"))
