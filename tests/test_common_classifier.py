@@ -1,6 +1,7 @@
 """The classifier that judges generated images: its shapes, what it learns, and its one training per data set."""
 
 import dataclasses
+import queue
 import threading
 
 import filelock
@@ -101,16 +102,15 @@ def test_other_data_have_other_files_and_a_damaged_one_is_trained_anew(digits, t
     assert "damaged" in out and "training it anew" in out
 
 
-def test_the_second_of_two_processes_waits_and_finds_it(digits, cached, monkeypatch, tmp_path, capsys):
+def test_the_second_of_two_processes_waits_and_finds_it(digits, cached, monkeypatch, tmp_path):
+    said: queue.Queue[str] = queue.Queue()  # what one thread prints while another reads it, capsys may lose
+    monkeypatch.setattr("common.run.print", lambda line, **_: said.put(line), raising=False)
     monkeypatch.setattr(classifier, "train", never)
     source, found = next(cached[0].glob("*.pt")), []
     with filelock.FileLock(tmp_path / source.with_suffix(".lock").name):  # the first process, training
         second = threading.Thread(target=lambda: found.append(classifier.trained(digits, tmp_path, "cpu")))
         second.start()
-        said = ""
-        while second.is_alive() and "waiting for another process" not in said:
-            said += capsys.readouterr().out
-        assert second.is_alive()
+        assert "waiting for another process" in said.get() and second.is_alive()
         save_checkpoint(tmp_path / source.name, load_checkpoint(source))
     second.join()
     assert equal(found[0][0], cached[1]) and found[0][1] == cached[2]
