@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common import graph, run
-from common.data import Dataset, choose_labels, described, draw_labels, load
+from common.data import Dataset, described, draw_labels, load
 from common.metrics import error_rate
 from common.plots import save_grid
 from common.run import Count, NonNegative, Positive
@@ -136,40 +136,34 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, config: Task) -> Ten
 # ------------------------------------------------------------------------------------------------------------- the loop
 
 
-def for_data(config: Task, data: Dataset, seed: int) -> Task:
-    """The config with as many components as the data have classes, where it left that open.
+def for_data(config: Task, data: Dataset, seed: int) -> tuple[Task, Tensor]:
+    """The config with as many components as the data have classes, where it left that open; and the labelled images.
 
-    Raises UserError where they do not fit.
+    They are indices of training images, none where neither the loss nor the priors have a use for labels.
+    Raises UserError where config and data do not fit.
     """
-    n, images, wrong = data.n_classes, len(data.train_images), {}
+    n, images, known, wrong = data.n_classes, len(data.train_images), torch.arange(0), {}
     config = replace(config, n_components=config.n_components or n)
     k = config.n_components
     if n < 2 and config.labelled_per_batch:  # the baselines cannot do without
         wrong[f"{data.name} has {n} class; labels need at least 2"] = "--label-weight 0" * isinstance(config, Config)
     elif k != n and config.labelled_per_batch:
         wrong[f"--n-components: {k} cannot stand for the {n} classes of {data.name}"] = f"--n-components {n}"
-    if n > 1 and uses_labels(config, n):
-        wrong |= draw_labels(data.train_labels, config.n_labels, config.labels, data.class_names, seed)[1]
+    if n > 1 and (config.labelled_per_batch or k == n):
+        known, lacking = draw_labels(data.train_labels, config.n_labels, config.labels, data.class_names, seed)
+        wrong |= lacking
     if (batch := config.batch_unlabelled) > images:
         wrong[f"--batch-unlabelled: {batch} is more than the {images} training images"] = f"--batch-unlabelled {images}"
     run.refuse(wrong)
-    return config
-
-
-def uses_labels(config: Task, n_classes: int) -> bool:
-    """Whether the loss or the priors have a use for labels."""
-    return config.labelled_per_batch > 0 or config.n_components == n_classes > 1
+    return config, known
 
 
 def train(config: Task, options: run.Options, step: Callable[..., dict[str, Tensor]] = train_step) -> Path:
     """Train, or resume, one run; returns its folder. step: of the system that the config builds, as `train_step`."""
     device = run.set_up(options)
     data = load(config.dataset, options.data, options.unofficial_data)
-    config = for_data(config, data, options.seed)
+    config, known = for_data(config, data, options.seed)
     seed, m, n_classes = options.seed, config.labelled_per_batch, data.n_classes
-    known = torch.arange(0)  # the training images whose labels are known
-    if uses_labels(config, n_classes):
-        known = choose_labels(data.train_labels, config.n_labels, config.labels, data.class_names, seed)
     images = data.train_images.to(device)
     test_images, test_labels = data.test_images.to(device), data.test_labels.to(device)
     known_images, known_labels = as_input(images[known.to(device)]), data.train_labels[known].to(device)
