@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -204,6 +205,17 @@ def test_openmp_threads_spin_briefly_unless_the_person_has_said_how_they_wait():
     for own, found in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")):
         bare = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
         assert subprocess.check_output(show, cwd=run.ROOT, env=bare | own, text=True).strip() == found
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    """Fifty times 64 MiB, filled and freed: 16,384 new pages each time, or only the first few times."""
+    faults = "resource.getrusage(resource.RUSAGE_SELF).ru_minflt"
+    fill = f"import common, resource, torch\nn = {faults}\nfor _ in range(50): torch.ones(2**24)\nprint({faults} - n)"
+    for own, kept in (({}, True), ({"MALLOC_TRIM_THRESHOLD_": "100000"}, False)):
+        env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | own
+        found = int(subprocess.check_output([sys.executable, "-c", fill], cwd=run.ROOT, env=env))
+        assert (found < 400_000) == kept
 
 
 def test_the_package_ships_every_config_and_number():
