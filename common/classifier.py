@@ -1,6 +1,6 @@
-"""A small network trained on labelled images: features for scores, and a verdict on generated images.
+"""A small classifier trained on labelled images. Its features give scores, and it judges generated images.
 
-GM-GAN's definitions need one (Secs. 3 and 5). Scores by one network compare with each other, not with published ones.
+GM-GAN's definitions need one (Secs. 3 and 5). Its scores can be compared with each other, not with published ones.
 """
 
 import hashlib
@@ -15,17 +15,17 @@ from common.data import Dataset
 from common.metrics import error_rate
 from common.run import SILENT, UserError, generator, load_checkpoint, locked, save_checkpoint
 
-RECIPE = "3"  # names the cached files: raise it when the network or its training changes
+RECIPE = "3"  # part of the cached file's name: raise it when the network or its training changes
 FEATURES = 128
 BATCH = 128
 EPOCHS = 10
-LEAST_STEPS, MOST_STEPS = 1000, 5000  # 10 epochs of the digits are 110 steps, too few; of CelebA 14,000, too many
+LEAST_STEPS, MOST_STEPS = 1000, 5000  # 10 epochs are 110 steps on the digits (too few), 14,000 on CelebA (too many)
 
 
 class Network(nn.Module):
-    """Strided convolutions down to at most 8×8, a dense layer of 128 whose ReLU gives the features, logits.
+    """Strided convolutions down to at most 8×8, a dense layer of 128 with ReLU (the features), a layer of logits.
 
-    Strides in place of max pooling cost half a percent of Fashion-MNIST and save a CPU two thirds of the time.
+    Strides instead of max pooling lose half a percent on Fashion-MNIST and save two thirds of the time on a CPU.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], n_classes: int):
@@ -51,24 +51,24 @@ class Network(nn.Module):
 
 
 def train(images: Tensor, labels: Tensor, n_classes: int, seed: int, device: torch.device | str) -> Network:
-    """A network trained on uint8 images (N, C, H, W) and int64 labels (N,), frozen, in evaluation mode, on `device`.
+    """Train a network on uint8 images (N, C, H, W) and int64 labels (N,). Returns it frozen, on `device`.
 
-    Adam, the rate falling from 0.002 to 0 by a cosine; fp32; 10 epochs, but 1,000 steps at least and 5,000 at most.
-    Leaves torch's global generators as they were.
+    Adam, rate 0.002 with cosine decay to 0; fp32; 10 epochs, but at least 1,000 and at most 5,000 steps. Leaves
+    torch's global random state as it was.
     """
     if len(images) == 0 or len(images) != len(labels):
         raise UserError(f"cannot train a classifier on {len(images):,} images with {len(labels):,} labels")
     device, per_epoch = torch.device(device), max(len(images) // BATCH, 1)
     steps = min(max(EPOCHS * len(images) // BATCH, LEAST_STEPS), MOST_STEPS)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)  # of the weights, and of dropout
+        torch.manual_seed(seed)  # for the initial weights and dropout
         network = Network(tuple(images.shape[1:]), n_classes).to(device)
         optimizer = torch.optim.Adam(network.parameters(), lr=2e-3, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         images, labels = images.to(device), labels.to(device)
         bar, said = tqdm(range(steps), disable=None, leave=False, unit="step"), time.monotonic()
         for step in bar:
-            if bar.disable and time.monotonic() - said > SILENT:  # elsewhere than on a terminal
+            if bar.disable and time.monotonic() - said > SILENT:  # no terminal, so no bar
                 print(f"training a classifier: step {step:,} of {steps:,}", flush=True)
                 said = time.monotonic()
             epoch, position = divmod(step, per_epoch)
@@ -84,9 +84,10 @@ def train(images: Tensor, labels: Tensor, n_classes: int, seed: int, device: tor
 
 
 def trained(data: Dataset, cache: Path, device: torch.device | str) -> tuple[Network, float]:
-    """The data set's own classifier, frozen, on `device`, and its accuracy on the test images in percent.
+    """The classifier of a data set, frozen, on `device`, and its accuracy on the test images in percent.
 
-    Trained once with seed 0 and kept in folder `cache`: one network judges all runs. A damaged file is trained anew.
+    It is trained once, with seed 0, and kept in the folder `cache`, so that one network judges all runs. If the file
+    is damaged, it is trained again.
     """
     shape = "x".join(map(str, data.train_images.shape[1:]))
     path = cache / f"classifier-{data.digest}-{shape}-{data.n_classes}-recipe{RECIPE}.pt"
@@ -109,7 +110,7 @@ def trained(data: Dataset, cache: Path, device: torch.device | str) -> tuple[Net
 
 
 def digest(network: Network) -> str:
-    """12 hex digits over the weights: which network judged."""
+    """12 hex digits over the weights. They identify the network that judged."""
     return hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in network.parameters())).hexdigest()[:12]
 
 

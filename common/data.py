@@ -1,7 +1,7 @@
 """Data sets as tensors in memory: download, verify, read, and draw the labelled part.
 
-The layout of the data folder is torchvision's, and torchvision downloads, verifies and reads wherever it has the set.
-Official checksums exist of every file that is read but the images of CelebA and of the flowers.
+The data folder has torchvision's layout. Where torchvision has the data set, it downloads, verifies and reads it.
+Every file that is read has an official checksum, except the images of CelebA and of the flowers.
 """
 
 import hashlib
@@ -35,18 +35,18 @@ OFFICIAL_COUNTS: dict[str, tuple[int, int]] = {  # (train, test) images
     "digits": (1437, 360), "mnist": (60_000, 10_000), "fashion_mnist": (60_000, 10_000), "flowers10": (100, 322),
     "svhn": (73_257, 26_032), "svhn_extra": (604_388, 26_032), "celeba": (182_637, 19_962), "stl10": (5_000, 8_000),
     "celeba_train": (162_770, 19_962), "cifar10": (50_000, 10_000), "flowers10_all": (522, 322)}  # fmt: skip
-OFFICIAL_DIGESTS = {  # over the SHA-256 above, torchvision's MD5s, or the digits; JPEG decoders differ in the last bit
+OFFICIAL_DIGESTS = {  # of the checksums, or of the digits. JPEG sets have none: decoders differ in the last bit
     "digits": "55c087b603d0064f", "mnist": "c65580678af93f1e", "svhn": "473353b632ab1e07", "stl10": "3719787a2e61023e",
     "fashion_mnist": "d1fd84a877f3b78f", "svhn_extra": "10da13ac73eeb991", "cifar10": "b35d8103e8cdeaab"}  # fmt: skip
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 CELEBA_CLASSES = ("not male, not smiling", "not male, smiling", "male, not smiling", "male, smiling")
-FOLDER_SHAPES = {"folder": (1, 28, 28), "folder_colour": (3, 64, 64), "signs": (3, 40, 40)}  # signs: as they are
-HIDDEN = (".", "@eaDir", "__MACOSX")  # what notebooks, file servers and archives leave beside images begins so
+FOLDER_SHAPES = {"folder": (1, 28, 28), "folder_colour": (3, 64, 64), "signs": (3, 40, 40)}  # signs: not resized
+HIDDEN = (".", "@eaDir", "__MACOSX")  # names of what notebooks, file servers and archives add begin so
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One data set, whole, in memory.
+    """One data set in memory.
 
     images: uint8 (N, C, H, W), 0 … 255.  labels: int64 (N,), 0 … n_classes - 1.
     digest: 16 hex digits over everything read.  official: whether every file that has an official checksum had it.
@@ -66,17 +66,17 @@ class Dataset:
         return len(self.class_names)
 
     def provenance(self) -> dict:
-        """What a result says about the data it was measured on."""
+        """The facts about the data that a result records."""
         counts = {"train_images": len(self.train_images), "test_images": len(self.test_images)}
         return {"data": self.name, "data_digest": self.digest, "data_official": self.official, **counts}
 
 
 def load(name: str, root: str | Path, unofficial: bool = False) -> Dataset:
-    """Load data set `name` from the folder `root`; what is missing there is downloaded.
+    """Load data set `name` from the folder `root`. Missing files are downloaded.
 
     name: a key of OFFICIAL_COUNTS, or folder:<path>, folder_colour:<path> or signs:<path>, which do not use `root`.
-    unofficial: also read another version of the digits, MNIST, Fashion-MNIST, CelebA or the flowers; results say so.
-    Raises UserError where the data are missing, altered or unreadable.
+    unofficial: also accept another version of the digits, MNIST, Fashion-MNIST, CelebA or the flowers; results say so.
+    Raises UserError if the data are missing, altered or unreadable.
     """
     kind, root = name.partition(":")[0], Path(os.path.expanduser(root))
     readers = {"digits": _digits, "celeba": _celeba, "flowers10": _flowers, **dict.fromkeys(FOLDER_SHAPES, _folder)}
@@ -86,13 +86,13 @@ def load(name: str, root: str | Path, unofficial: bool = False) -> Dataset:
         raise UserError(f"unknown data set {name!r}; known: {known}")
     try:
         return reader(name, root, unofficial)
-    except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:  # libraries' readers
+    except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:  # of the libraries
         what = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{name}: {getattr(error, 'filename', None) or root} cannot be read ({what})") from error
 
 
 def described(name: str, sets: dict[str, tuple[tuple[int, ...], int | None]]) -> tuple[tuple[int, ...], int | None]:
-    """A data set's image shape and number of classes (None: its folder tells). ValueError where `sets` lacks it."""
+    """A data set's image shape and number of classes (None: read from its folder). ValueError if `sets` lacks it."""
     kind, _, path = name.partition(":")
     if kind not in sets or (path != "") != (sets[kind][1] is None):
         names = ", ".join(f"{known}:<path>" if n is None else known for known, (_, n) in sets.items())
@@ -101,17 +101,17 @@ def described(name: str, sets: dict[str, tuple[tuple[int, ...], int | None]]) ->
 
 
 def choose_labels(labels: Tensor, n: int, how: str, classes: Sequence[str], seed: int) -> Tensor:
-    """As `draw_labels`. Raises UserError where the draw lacks anything."""
+    """The draw of `draw_labels`. Raises UserError if it is too small or lacks a class."""
     chosen, wrong = draw_labels(labels, n, how, classes, seed)
     refuse(wrong)
     return chosen
 
 
 def draw_labels(labels: Tensor, n: int, how: str, classes: Sequence[str], seed: int) -> tuple[Tensor, dict[str, str]]:
-    """Indices (n,), ascending, of the training images whose labels are known; and what they lack, for `refuse`.
+    """Indices (n,), ascending, of the training images whose labels are known, and the draw's mistakes for `refuse`.
 
-    labels: (N,).  how: 'random' (uniform, without replacement), 'stratified' (n / n_classes of each class, the
-    remainder on classes drawn at random) or 'first' (the first n in file order).  classes: their names.
+    labels: (N,).  how: 'random' (uniform, without replacement), 'stratified' (n / n_classes of each class; the
+    remainder goes to classes drawn at random) or 'first' (the first n in file order).  classes: their names.
     """
     k, wrong = len(classes), {}
     shuffled = torch.randperm(len(labels), generator=generator(seed, "labels"))
@@ -120,7 +120,7 @@ def draw_labels(labels: Tensor, n: int, how: str, classes: Sequence[str], seed: 
         quota = torch.full((k,), n // k)
         quota[torch.randperm(k, generator=generator(seed, "remainder"))[: n % k]] += 1
         chosen = torch.cat([shuffled[labels[shuffled] == c][: quota[c]] for c in range(k)])
-    fitting = k * int(labels.bincount(minlength=k).min())  # a stratified draw finds so many
+    fitting = k * int(labels.bincount(minlength=k).min())  # the largest stratified draw
     fits = f"--n-labels {max(k, min(n, fitting))} --labels stratified" if fitting else ""
     if len(chosen) < n:
         found = f"the training set has {len(labels)} images, and the {how} draw finds {len(chosen)}"
@@ -132,13 +132,13 @@ def draw_labels(labels: Tensor, n: int, how: str, classes: Sequence[str], seed: 
 
 
 def _digits(name: str, root: Path, unofficial: bool) -> Dataset:
-    """scikit-learn's 1,797 digits: 8×8, 0 … 16, brought to 28×28 bilinearly; 1,437 train, 360 test, stratified."""
+    """scikit-learn's 1,797 digits, 8×8, resized to 28×28 bilinearly: 1,437 train, 360 test, stratified."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     raw, labels = load_digits(return_X_y=True)
     train, test = train_test_split(np.arange(len(labels)), test_size=360, random_state=0, stratify=labels)
-    # Over the raw integers and the split: bilinear rounding may differ between machines, these may not.
+    # The digest is over the raw integers and the split. Bilinear rounding may differ between machines; these may not.
     digest = _digest(array[part].astype(np.uint8) for part in (train, test) for array in (raw, labels))
     if digest != OFFICIAL_DIGESTS[name] and not unofficial:
         raise UserError("digits: not as in our results. Use constraints.txt's scikit-learn, or pass --unofficial-data")
@@ -150,7 +150,7 @@ def _digits(name: str, root: Path, unofficial: bool) -> Dataset:
 
 
 def _torchvision(name: str, root: Path, unofficial: bool) -> Dataset:
-    """MNIST, Fashion-MNIST, SVHN, CIFAR-10 or STL-10. Of the last three torchvision reads the official files alone."""
+    """MNIST, Fashion-MNIST, SVHN, CIFAR-10 or STL-10. For the last three, torchvision accepts only official files."""
     import torchvision.datasets as sets
 
     known = {"mnist": sets.MNIST, "fashion_mnist": sets.FashionMNIST, "cifar10": sets.CIFAR10, "stl10": sets.STL10}
@@ -161,14 +161,14 @@ def _torchvision(name: str, root: Path, unofficial: bool) -> Dataset:
         cls = type(cls.__name__, (cls,), {"_check_legacy_exist": lambda self: False})  # it would read other files
     elif cls is sets.SVHN:
         files, archives, inside, place = dict(cls.split_list[split][1:] for split in splits), {}, "SVHN", "SVHN"
-    else:  # without the 2.7 GB of STL-10's images that have no labels
+    else:  # without STL-10's 2.7 GB of unlabelled images
         cls = type(cls.__name__, (cls,), {"train_list": [x for x in cls.train_list if x[0] != "unlabeled_X.bin"]})
         files, archives, inside = dict([*cls.train_list, *cls.test_list]), {cls.filename: cls.tgz_md5}, cls.base_folder
         files |= {cls.meta["filename"]: cls.meta["md5"]} if cifar else {}
     folder = _provide(
         name, root, inside, files, archives or files, lambda part: [cls(part / place, s, download=True) for s in splits]
     )
-    found = _check(folder, files, unofficial if idx else None)  # torchvision does not say which file is another one
+    found = _check(folder, files, unofficial if idx else None)  # torchvision would not name the file that is wrong
     parts = [cls(root / place, split) for split in splits]
     images = [p.data[:, None] if idx else p.data.transpose(0, 3, 1, 2) if cifar else p.data for p in parts]
     images = list(map(torch.as_tensor, images))
@@ -177,12 +177,12 @@ def _torchvision(name: str, root: Path, unofficial: bool) -> Dataset:
         raise UserError(f"{folder}: expected images of 28×28, and as many labels, 0 … 9")
     names = STL10_CLASSES if name == "stl10" else parts[0].classes if cifar or "fashion" in name else "0123456789"
     also = STL10_CLASSES if name == "stl10" else ()
-    split = (torch.cat(images[:-1]), torch.cat(labels[:-1]), images[-1].contiguous(), labels[-1])  # the last one tests
+    split = (torch.cat(images[:-1]), torch.cat(labels[:-1]), images[-1].contiguous(), labels[-1])  # the last is test
     return Dataset(name, *split, tuple(names), _digest([*found, *also]), found == [*files.values()])
 
 
 def _flowers(name: str, root: Path, unofficial: bool) -> Dataset:
-    """The first ten classes of Oxford-102, as folder_colour: reads them. flowers10_all trains on its test set, too."""
+    """The first ten classes of Oxford-102, resized as folder_colour: does. flowers10_all trains on the test set too."""
     from torchvision.datasets import Flowers102
 
     md5, files = dict(Flowers102._file_dict.values()), ("imagelabels.mat", "setid.mat")
@@ -192,7 +192,7 @@ def _flowers(name: str, root: Path, unofficial: bool) -> Dataset:
     splits = [[flower for flower in Flowers102(root, split, loader=Path) if flower[1] < 10] for split in wanted]
     paths, labels = zip(*(flower for split in splits for flower in split), strict=True)
     images, labels, n_test = _decode(folder / "jpg", paths, (3, 64, 64)), torch.tensor(labels), len(splits[-1])
-    official = all(min(Image.open(path).size) >= 500 for path in paths)  # the originals have no shorter side
+    official = all(min(Image.open(path).size) >= 500 for path in paths)  # no side of an original is shorter
     if not official and not unofficial:
         way_out = "Unpack 102flowers.tgz again, or pass --unofficial-data to use these"
         raise UserError(f"{folder}: not the original images (a side is under 500 pixels). {way_out}")
@@ -210,7 +210,7 @@ def _celeba(name: str, root: Path, unofficial: bool) -> Dataset:
     folder = _provide(name, root, "celeba", (*texts, jpgs), md5, lambda part: CelebA(part, download=True))
     found = _check(folder, texts, unofficial)
     attributes, partition = (folder / text for text in texts)
-    columns = attributes.read_text(encoding="utf-8-sig").splitlines()[1].split()  # after a count
+    columns = attributes.read_text(encoding="utf-8-sig").splitlines()[1].split()  # line 0 is a count
     used = (0, columns.index("Male") + 1, columns.index("Smiling") + 1)
     rows = np.loadtxt(attributes, str, skiprows=2, usecols=used, encoding="utf-8-sig", ndmin=2)
     classes = dict(zip(rows[:, 0], 2 * (rows[:, 1] == "1") + (rows[:, 2] == "1"), strict=True))
@@ -227,7 +227,7 @@ def _celeba(name: str, root: Path, unofficial: bool) -> Dataset:
 
 
 def _folder(name: str, root: Path, unofficial: bool) -> Dataset:
-    """Class folders of images. Without folders train and test a fifth of each tests: the paths of smallest SHA-256."""
+    """Class folders of images. Without train/ and test/, the fifth of each class with the smallest SHA-256s tests."""
     kind, _, given = name.partition(":")
     folder, shape = Path(os.path.abspath(os.path.expanduser(given))), FOLDER_SHAPES[kind]
     if not given or not folder.is_dir():
@@ -255,10 +255,10 @@ def _folder(name: str, root: Path, unofficial: bool) -> Dataset:
 
 
 def _classes(folder: Path, least: int) -> dict[str, list[Path]]:
-    """Class name -> its images, also those in folders within; both sorted. What is hidden holds none."""
+    """{class: its images, at any depth}, both sorted. Skips hidden files and folders."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    classes, endings = {}, (*IMG_EXTENSIONS, ".gif", ".heic", ".heif", ".avif", ".jfif")  # what PIL cannot read is told
+    classes, endings = {}, (*IMG_EXTENSIONS, ".gif", ".heic", ".heif", ".avif", ".jfif")  # PIL may refuse some
     for place in sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith(HIDDEN)):
         found = (path for path in place.rglob("*") if path.suffix.lower() in endings and not path.is_dir())
         shown = (path for path in found if not any(p.startswith(HIDDEN) for p in path.relative_to(place).parts))
@@ -269,7 +269,9 @@ def _classes(folder: Path, least: int) -> dict[str, list[Path]]:
 
 
 def _decode(folder: Path, paths: list[Path], shape: tuple, size: tuple | None = None, side: int = 0) -> Tensor:
-    """Images as uint8 (N, C, H, W): the square of `side` (0: the largest) in the middle. size: what each must have."""
+    """Images as uint8 (N, C, H, W): the central square of `side` pixels (0: the largest), resized to `shape`.
+
+    size: (width, height) that every image must have; None for any."""
     pixels, n = torch.empty(len(paths), *shape, dtype=torch.uint8), len(paths)
 
     def read(i: int) -> str | None:
@@ -277,7 +279,7 @@ def _decode(folder: Path, paths: list[Path], shape: tuple, size: tuple | None = 
             with Image.open(paths[i]) as image:
                 if image.size != (size or image.size) or image.mode[0] in "IF":  # I and F: more than 8 bits
                     raise ValueError(f"{image.mode}, {image.size} pixels; expected 8 bits and {size or 'any'} pixels")
-                image = ImageOps.exif_transpose(image)  # a telephone's pictures lie on their side without it
+                image = ImageOps.exif_transpose(image)  # phones store pictures unrotated
                 if image.has_transparency_data:
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
                 length = side or min(image.size)
@@ -285,11 +287,11 @@ def _decode(folder: Path, paths: list[Path], shape: tuple, size: tuple | None = 
                 image = image.convert("L" if shape[0] == 1 else "RGB").crop((left, top, left + length, top + length))
                 array = np.array(image.resize(shape[:0:-1], Image.Resampling.BILINEAR))
                 pixels[i] = torch.from_numpy(array).view(*shape[1:], shape[0]).permute(2, 0, 1)
-        except Exception as error:  # on a damaged file PIL raises nearly anything
+        except Exception as error:  # for a damaged file PIL can raise nearly anything
             reason = getattr(error, "strerror", None) or str(error).partition(" '")[0] or type(error).__name__
             return f"{paths[i].relative_to(folder)} ({reason})"
 
-    with ThreadPool() as pool:  # threads will do, since PIL lets go of Python's lock
+    with ThreadPool() as pool:  # threads suffice: PIL releases Python's lock
         failed = [*filter(None, tqdm(pool.imap(read, range(n), 16), total=n, unit="image", disable=None))]
     if failed:
         told = ", ".join(failed[:10]) + f" and {len(failed) - 10:,} more" * (len(failed) > 10)
@@ -298,19 +300,21 @@ def _decode(folder: Path, paths: list[Path], shape: tuple, size: tuple | None = 
 
 
 def _provide(name: str, root: Path, inside: str, files: Iterable[str], md5: dict[str, str], download: Callable) -> Path:
-    """root/inside, where download(another root) puts missing files. md5: of what may be there or in root."""
+    """The folder root/inside, complete. download(another root) fetches missing files.
+
+    md5: {file: checksum} of archives and files that may already lie in `root` or in the folder; they are used."""
     folder, missing = root / inside, [file for file in files if not (root / inside / file).exists()]
     if not missing:
         return folder
-    base = next(place for place in (folder, *folder.parents) if place.is_dir())  # a failure leaves no new folders
+    base = next(place for place in (folder, *folder.parents) if place.is_dir())  # so a failure leaves no new folders
     try:
         with locked(base / ".lock", f"{folder}: waiting for another download"), TemporaryDirectory(dir=base) as part:
-            if all((folder / file).exists() for file in missing):  # another process was first
+            if all((folder / file).exists() for file in missing):  # another process has downloaded them
                 return folder
             Path(part, inside).mkdir(parents=True)
             for file, place in [(f, place) for f in md5 for place in (root, folder) if (place / f).is_file()]:
                 _check(place, {file: md5[file]})
-                for link in (Path(part, file), Path(part, inside, file)):  # torchvision expects it in one or the other
+                for link in (Path(part, file), Path(part, inside, file)):  # torchvision looks in one or the other
                     link.symlink_to((place / file).resolve())
             print(f"{name}: downloading {', '.join(missing)} to {folder}", flush=True)
             socket.setdefaulttimeout(30)
@@ -318,8 +322,8 @@ def _provide(name: str, root: Path, inside: str, files: Iterable[str], md5: dict
             folder.mkdir(parents=True, exist_ok=True)
             for file in (file for file in missing if not (folder / file).exists()):
                 os.replace(Path(part, inside, file), folder / file)
-    except Exception as error:  # OSError (urllib's), RuntimeError (torchvision's), gdown's own
-        reason = " ".join(str(error).split()).rsplit("got: ", 1)[-1]  # torchvision lists each mirror's
+    except Exception as error:  # of urllib, torchvision or gdown
+        reason = " ".join(str(error).split()).rsplit("got: ", 1)[-1]  # of all mirrors, the last
         where = f"Put these there, or name the folder that holds {inside} with --data (DATA= for make)"
         what = f"{name}: no data in {folder}, for it lacks {', '.join(missing)}; the download failed ({reason})"
         raise UserError(f"{what}. {where}. `make <paper>-digits` needs no data") from None
@@ -329,7 +333,7 @@ def _provide(name: str, root: Path, inside: str, files: Iterable[str], md5: dict
 
 
 def _check(folder: Path, checksums: dict[str, str], unofficial: bool | None = None) -> list[str]:
-    """The files' checksums. Raises UserError that names a file that is not official. unofficial: None for no choice."""
+    """The files' checksums. Raises UserError if one is not official. unofficial: accept it; None: offer no such flag."""
     found = []
     for file, expected in checksums.items():
         with open(folder / file, "rb") as content:
@@ -340,6 +344,6 @@ def _check(folder: Path, checksums: dict[str, str], unofficial: bool | None = No
     return found
 
 
-def _digest(parts: Iterable[str | Tensor | np.ndarray]) -> str:  # over texts and over arrays' SHA-256
+def _digest(parts: Iterable[str | Tensor | np.ndarray]) -> str:  # of texts, and of the SHA-256 of arrays
     texts = (part if isinstance(part, str) else hashlib.sha256(np.asarray(part)).hexdigest() for part in parts)
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]

@@ -1,11 +1,11 @@
 """Published vs reference vs yours: the tables of `make diff`, `make results` and `make pending`.
 
-published.csv: a published number a line; without a value, what we measure beside. also: experiments that are other
-readings of it. better: lower, higher, or equal (a property of the model as built). spread_is: sd or se over `trials`
-runs. best: the published number may be a best one, so our best seed stands beside our mean.
-claims.csv: `metric` of `experiment` is lower or higher than, or equal to, the number `than`, or `than_metric` (empty:
-the same metric) of the experiment `than` (empty: of the same runs).
-pending.csv: the reference runs we want, the most valuable first; hours of a seed on two CPU cores, estimated.
+published.csv has one line per published number. A line without a value is a metric that only we measure. also: other
+experiments that may be what the paper ran. better: lower, higher, or equal (a parameter count). spread_is: sd or se,
+over `trials` runs. best: the paper may have printed its best run, so our best seed is shown beside our mean.
+claims.csv: the paper claims that `metric` of `experiment` is lower than, higher than or equal to something: a number
+(than), or `than_metric` (empty: the same metric) of the experiment `than` (empty: the same runs).
+pending.csv: the reference runs that we want, the most valuable first; hours per seed on two CPU cores, estimated.
 """
 
 import csv
@@ -31,7 +31,7 @@ from common.run import ROOT, UserError
 
 BEGIN, END = "<!-- results: begin (written by `make results`) -->", "<!-- results: end -->"
 RECORD = ("experiment", "seed", "metrics", "config", "config_hash", "provenance")
-FACTS = ("epochs", "precision", "torch", "device", "threads")  # of a run's provenance
+FACTS = ("epochs", "precision", "torch", "device", "threads")  # keys of the provenance that RESULTS.md shows
 CLAIM = ("where", "claim", "as a number", "ours", "against", "verdict")
 Row = namedtuple("Row", "where system experiment metric published reference yours verdict")  # all str
 
@@ -41,7 +41,7 @@ def papers() -> list[str]:
 
 
 def read_csv(paper: str, name: str) -> list[dict]:
-    """The lines of <paper>/<name>.csv by column: numbers as floats, empty cells as None."""
+    """The lines of <paper>/<name>.csv as {column: cell}. Numbers become floats, empty cells None."""
     path = ROOT / paper / f"{name}.csv"
     number = re.compile(r"\d+(\.\d+)?")
     try:
@@ -52,7 +52,7 @@ def read_csv(paper: str, name: str) -> list[dict]:
 
 
 def glossary(paper: str) -> dict[str, list[str]]:
-    """The names in log.csv and eval.json, sorted: what each is, its unit, and lower or higher where one is better."""
+    """{name in log.csv or eval.json: [what it is, its unit, whether lower or higher is better]}, sorted."""
     known = {name: [what, "", ""] for name, what in importlib.import_module(f"{paper}.eval").COURSE.items()}
     known |= {n["metric"]: [n["what"], n["unit"] or "", n["better"] or ""] for n in read_csv(paper, "published")}
     return dict(sorted(known.items()))
@@ -63,7 +63,7 @@ def readings(number: dict) -> list[str]:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records in a results file or an eval.json. Raises UserError where one of them is not whole."""
+    """The records in a results file or an eval.json. Raises UserError if one is incomplete."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         records = [{key: r[key] for key in RECORD} for r in (content if isinstance(content, list) else [content])]
@@ -75,18 +75,18 @@ def read_records(path: Path) -> list[dict]:
 
 
 def config_of(paper: str, experiment: str):
-    """The committed config of an experiment, or None where there is none."""
+    """The committed config of an experiment, or None if there is none."""
     return run.experiment_config(paper, experiment) if experiment in run.experiments(paper) else None
 
 
 def not_comparable(record: dict, config) -> str | None:
-    """Why a record's numbers are not the experiment's, or None where they are. config: the committed one, or None."""
+    """Why a record does not count as a result of the experiment; None if it counts. config: the committed one."""
     if config is None:
         return "an experiment without a config"
     made, theirs, ours = record["provenance"], record["config"], vars(config)
     (kind, _, _), (wanted, folder, _) = (values["dataset"].partition(":") for values in (theirs, ours))
     filled = {key for key in getattr(config, "LEFT_TO_DATA", ()) if ours[key] is None}
-    filled |= {"dataset"} if folder and kind == wanted else set()  # where a person keeps a folder is no setting
+    filled |= {"dataset"} if folder and kind == wanted else set()  # the path of an image folder is no setting
     differing = [key for key in ours if key not in {"epochs", *filled} and theirs.get(key, ours[key]) != ours[key]]
     unknown = record["config_hash"] != run.config_hash(config) and (not filled or theirs.keys() - ours.keys())
     fields = ", ".join(f"{key} {theirs[key]}" for key in differing) or "a field unknown here"
@@ -107,10 +107,11 @@ def not_comparable(record: dict, config) -> str | None:
 
 
 def read(paper: str, runs: Path | None = None) -> list[dict]:
-    """The committed records, or those of the runs on this machine, each with the reason why it does not count, or None.
+    """The committed records, or with `runs` those under that folder. Each gets a `reason` if it does not count.
 
-    A seed counts once and a training counts once, however often they were copied. beside: the experiment that a record
-    is held against; for a person's own, the one of published.csv whose name begins its name, or the first on its data.
+    A seed counts once, and so does a training, even if its folder was copied. beside: the experiment in published.csv
+    that a record is compared with. An experiment that is not there is compared with the one whose name its own name
+    begins with, or else with the first on the same data.
     """
     found, seen = [], {}
     known = dict.fromkeys(name for number in read_csv(paper, "published") for name in readings(number))
@@ -121,14 +122,14 @@ def read(paper: str, runs: Path | None = None) -> list[dict]:
             begun = sorted((k for k in known if f"{name}-".startswith(f"{k}-")), key=len, reverse=True)
             alike = (k for k in known if getattr(config_of(paper, k), "dataset", None) == r["config"]["dataset"])
             try:
-                beside = next(chain(begun, alike), name)  # which loads configs for a name that is not known alone
+                beside = next(chain(begun, alike), name)  # lazy: configs are loaded only for an unknown name
                 reason = not_comparable(r, config_of(paper, beside))
                 keys = (name, seed), (name, r["provenance"].get("weights", (folder, seed)))
             except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{path}: a record of another form ({error!r}); evaluate the run again") from None
             if runs and not form:
                 reason = "its folder is not named seed<k>"
-            elif runs and form[1]:  # made with other flags: a variant, whose seeds stand together
+            elif runs and form[1]:  # a variant, made with other flags; its seeds share a row
                 name, reason = f"{name}, {form[1]}", reason or f"another config ({form[1]})"
             elif twin := next((seen[key] for key in keys if key in seen), None):
                 reason = f"the seed or the weights of {twin}"
@@ -141,7 +142,9 @@ def read(paper: str, runs: Path | None = None) -> list[dict]:
 
 
 def complete(paper: str, runs: Path) -> dict[str, list[dict[str, float]]]:
-    """The metrics of every complete run by experiment, one a seed, the reference's first. Prints what is left out."""
+    """{experiment: the metrics of each seed}, of complete runs; a committed seed comes before one in `runs`.
+
+    Prints which runs are left out, and why."""
     found = {}
     for r in read(paper, runs) + read(paper):
         if r["reason"]:
@@ -152,17 +155,17 @@ def complete(paper: str, runs: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def interval(center: float, *errors: tuple[float, float]) -> tuple[float, float]:
-    """95 %, by Student's t with Welch-Satterthwaite's degrees of freedom. errors: squared; and of how many values."""
+    """95 % interval by Student's t with Welch-Satterthwaite degrees of freedom. errors: (squared error, values)."""
     total, spread = sum(e for e, _ in errors), sum(e**2 / (n - 1) for e, n in errors if e)
     half = float(student.ppf(0.975, total**2 / spread)) * total**0.5 if spread else 0.0
     return center - half, center + half
 
 
 def verdict(values: list[float], number: dict) -> str:
-    """match, better or worse (n ≥ 5), indicative (fewer); of counts match or differs. values: one a seed, at least one.
+    """match, better or worse (n ≥ 5 seeds), or indicative (fewer). For counts match or differs. values: one per seed.
 
-    A single published value matches when it lies in the prediction interval of ours, mean ± t·s·√(1 + 1/n); a published
-    mean with a spread over N trials matches when the 95 % Welch interval of the difference of the means contains 0.
+    A single published value matches if it lies in the 95 % prediction interval of our seeds, mean ± t·s·√(1 + 1/n). A
+    published mean with a spread over N trials matches if the 95 % Welch interval of the difference contains 0.
     """
     mean, n, value, spread, trials = fmean(values), len(values), *(number[key] for key in ("value", "spread", "trials"))
     if number["better"] == "equal":
@@ -181,9 +184,9 @@ def verdict(values: list[float], number: dict) -> str:
 
 
 def verdict_on_claim(ours: list[float], against: list[float] | float, wanted: str) -> str:
-    """holds or fails where the 95 % interval of the difference is on one side of 0, else undecided.
+    """holds or fails if the 95 % interval of the difference lies on one side of 0; otherwise undecided.
 
-    against: other seeds, or a number that is known exactly.  wanted: lower, higher or equal.
+    against: the values of other seeds, or one exact number.  wanted: lower, higher or equal.
     """
     theirs, n = against if isinstance(against, list) else [against], len(ours)
     if wanted == "equal":
@@ -198,9 +201,8 @@ def verdict_on_claim(ours: list[float], against: list[float] | float, wanted: st
 
 
 def sample(records: list[dict], name: str, metric: str, number: dict | None = None) -> tuple[list[float], str]:
-    """A metric of an experiment's runs that count; and as text, of all where none counts: mean ± s.d. (n, precisions).
-
-    number: the line of published.csv, for the difference from the published value.
+    """The values of a metric over the runs that count, and a text: mean ± s.d. (n, precision). If no run counts, the
+    list is empty and the text describes the others. number: the line of published.csv, to print the difference from it.
     """
     those = [r for r in records if r["experiment"] == name and metric in r["metrics"]]
     those = (good := [r for r in those if not r["reason"]]) or those
@@ -218,7 +220,7 @@ def sample(records: list[dict], name: str, metric: str, number: dict | None = No
 
 
 def table(paper: str, reference: list[dict], mine: list[dict]) -> list[Row]:
-    """A row for each experiment that a line of published.csv names, and for each of a person's own beside it."""
+    """One row for each experiment that a line of published.csv names, and one for each of the user's own beside it."""
     rows = []
     for number in read_csv(paper, "published"):
         value, better, unit, metric = (number[key] for key in ("value", "better", "unit", "metric"))
@@ -228,7 +230,7 @@ def table(paper: str, reference: list[dict], mine: list[dict]) -> list[Row]:
         for name in readings(number):
             values, ours = sample(reference, name, metric, number)
             if better == "equal":
-                with torch.device("meta"):  # counted, not initialised
+                with torch.device("meta"):  # no memory, no initial weights: only the counts are needed
                     model = config_of(paper, name).build()
                 values, built = [getattr(model, metric)], sum(p.numel() for p in model.parameters())
                 ours = f"{values[0]:,} (as built)" if values[0] == built else f"{values[0]:,} (built: {built:,})"
@@ -250,7 +252,7 @@ def table(paper: str, reference: list[dict], mine: list[dict]) -> list[Row]:
 
 
 def claims(paper: str, reference: list[dict], mine: list[dict]) -> list[list[str]]:
-    """What the paper says of its results, each claim as a comparison of our numbers: the reference's, or else yours."""
+    """One row for each claim of the paper, checked on the reference runs, or on yours if there are none."""
     rows, ran = [], {r["experiment"] for r in reference if not r["reason"]}
     records = reference + [r for r in mine if r["experiment"] not in ran]
     for claim in read_csv(paper, "claims"):
@@ -267,7 +269,7 @@ def claims(paper: str, reference: list[dict], mine: list[dict]) -> list[list[str
 
 
 def as_text(rows: list[list[str]]) -> str:
-    """A table, heads first, no wider than the terminal: columns without a word are left out, the widest are wrapped."""
+    """A table as text; rows[0] are the heads. Leaves out empty columns and wraps the widest to fit the terminal."""
     rows = list(zip(*(column for column in zip(*rows, strict=True) if any(column[1:])), strict=True))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     while sum(widths) + 2 * len(widths) - 2 > shutil.get_terminal_size((120, 24)).columns and max(widths) > 1:
@@ -285,7 +287,7 @@ def as_markdown(rows: list[list[str]]) -> str:
 
 
 def course(paper: str, path: Path) -> tuple[str, dict[int, float]]:
-    """The metric of a log.csv that stands first in published.csv, and its value by epoch; '' where it has none."""
+    """The first metric of published.csv that log.csv has ('' if none), and {epoch: its value}."""
     rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     metrics = (number["metric"] for number in read_csv(paper, "published"))
     metric = next((m for m in metrics if rows and m in rows[0]), "")
@@ -293,13 +295,13 @@ def course(paper: str, path: Path) -> tuple[str, dict[int, float]]:
 
 
 def read_curves(path: Path) -> dict[int, dict[str, float]]:
-    """results/<experiment>.csv by epoch: the main metric of each seed that has it. Nothing where there is no file."""
+    """results/<experiment>.csv as {epoch: {seed: the main metric}}; empty if there is no such file."""
     rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
     return {int(row.pop("epoch")): {seed: float(value) for seed, value in row.items() if value} for row in rows}
 
 
 def midway(paper: str, runs: Path, only: str | None) -> list[str]:
-    """How far runs that are not evaluated yet are from the reference's learning curves, results/<experiment>.csv."""
+    """One line for each unfinished run: its main metric beside the reference's at the same epoch."""
     lines = []
     for log in sorted((runs / paper).glob("*/seed*/log.csv")):
         name = log.parent.parent.name
@@ -314,7 +316,7 @@ def midway(paper: str, runs: Path, only: str | None) -> list[str]:
 
 
 def write_curves(paper: str, experiment: str, records: list[dict]) -> None:
-    """results/<experiment>.csv: the main metric of the log by epoch, a column for each seed whose log is at hand."""
+    """Write results/<experiment>.csv: the log's main metric by epoch, one column per seed. Keeps earlier seeds."""
     path = ROOT / paper / "results" / f"{experiment}.csv"
     table = read_curves(path)
     for r in records:
@@ -330,7 +332,7 @@ def write_curves(paper: str, experiment: str, records: list[dict]) -> None:
 
 
 def show(paper: str, runs: Path, only: str | None, everything: bool) -> None:
-    """Print the rows that have a result, or all, or one experiment's; why runs do not count; how many numbers match."""
+    """Print why some runs do not count, the rows that have a result (or all), and how many numbers match."""
     if only:
         run.check_experiment(paper, only)
     mine, reference, reasons = [r for r in read(paper, runs) if only in (None, r["base"])], read(paper), {}
@@ -365,8 +367,8 @@ def collect(runs: Path) -> None:
     (ROOT / "runs").mkdir(exist_ok=True)
     with run.locked(ROOT / "runs" / ".results.lock", "another process collects results: waiting for it"):
         for paper in papers():
-            kept = {(r["experiment"], r["seed"]): r for r in read(paper)}  # replaced by a new run of the seed alone
-            mine, figures = read(paper, runs), [(runs / paper / "figures", "")]  # these compare runs
+            kept = {(r["experiment"], r["seed"]): r for r in read(paper)}  # only a new run of the seed replaces one
+            mine, figures = read(paper, runs), [(runs / paper / "figures", "")]  # figures that compare several runs
             for r in mine:
                 sessions = r["provenance"], r["provenance"]["evaluation"]
                 if any(s["git_commit"] is None or s["git_dirty"] is not False for s in sessions):
@@ -380,7 +382,7 @@ def collect(runs: Path) -> None:
                 run.write_json(ROOT / paper / "results" / f"{name}.json", [{k: r[k] for k in RECORD} for r in records])
                 write_curves(paper, name, records)
                 print(f"{paper}/results/{name}.json: seeds {', '.join(str(r['seed']) for r in records)}")
-                figures.append((records[0]["folder"] / "figures", f"{name}-"))  # the lowest seed's, not the prettiest
+                figures.append((records[0]["folder"] / "figures", f"{name}-"))  # always the lowest seed's
             for path, prefix in [(path, prefix) for folder, prefix in figures for path in folder.glob("*.png")]:
                 with run.atomic(ROOT / paper / "figures" / f"{prefix}{path.name}", "wb") as file:
                     file.write(path.read_bytes())
@@ -390,7 +392,7 @@ def collect(runs: Path) -> None:
 
 
 def pages() -> dict[Path, str]:
-    """RESULTS.md of each paper, and the READMEs with their results blocks, as the committed results give them."""
+    """{path: text} of each RESULTS.md and README, the latter with its results block, from the committed results."""
     heads = ["where", "system", "published", "ours, n", "verdict"]
     blocks, written, glance = {}, {}, [["paper", *heads]]
     for paper in papers():
@@ -399,7 +401,7 @@ def pages() -> dict[Path, str]:
         numbers, beside = [r for r in rows if r.published], [r for r in rows if r.reference and not r.published]
         done = [row for row in numbers if not row.verdict.startswith("not ")]
         short = [[r.where, f"{r.system} ({r.experiment})", r.published, r.reference, r.verdict] for r in done]
-        left = {r[:2]: r.verdict for r in numbers if r[:2] not in {row[:2] for row in done}}  # a number has readings
+        left = {r[:2]: r.verdict for r in numbers if r[:2] not in {row[:2] for row in done}}  # no reading has a run
         waiting = "; ".join(f"{n} {why}" for why, n in Counter(left.values()).items()) or "none"
         blocks[folder] = f"{as_markdown([heads, *short[:10]])}\n\n" * bool(short) + (
             f"Published numbers without a comparable run of ours: {waiting}.\n\n"
@@ -413,7 +415,7 @@ def pages() -> dict[Path, str]:
             facts = [", ".join(map(str, made[key])) if isinstance(made[key], list) else str(made[key]) for key in FACTS]
             commits = ", ".join(commit[:7] for commit in made["git_commits"])
             runs.append([r["experiment"], str(r["seed"]), *facts, f"{made['training_seconds'] / 60:.1f}", commits])
-        for path in sorted((folder / "figures").glob("*.png")):  # mnist-adgm-samples.png is of mnist-adgm, not of mnist
+        for path in sorted((folder / "figures").glob("*.png")):  # mnist-adgm-samples.png belongs to mnist-adgm
             owners = [r["experiment"] for r in records if path.name.startswith(f"{r['experiment']}-")]
             image = f"![{path.stem}](figures/{path.name})"
             figures.setdefault(max(owners, key=len, default="several runs"), []).append(image)
@@ -438,7 +440,7 @@ def pages() -> dict[Path, str]:
 
 
 def pending(names: list[str], runs: Path, flags: list[str]) -> tuple[list[list[str]], list[str]]:
-    """The reference runs that are missing: a row an experiment; and a shell line a seed, which trains and evaluates."""
+    """The missing reference runs: one row per experiment, and one shell line per seed that trains and evaluates it."""
     rows, lines = [["target", "missing seeds", "needs", "cost of a seed", "here"]], []
     for paper in names:
         records = read(paper)
@@ -486,7 +488,7 @@ def main(argv: list[str] | None = None) -> None:
             raise run.RunFailed(f"out of date: {names}; run make results")
     else:
         flags = [f"--{key}={value}" for key in (*passed, "runs") if (value := getattr(options, key))]
-        rows, lines = pending(names, runs, [*options.flags, *flags])  # as common.farm expects them
+        rows, lines = pending(names, runs, [*options.flags, *flags])  # common.farm reads these lines
         print(as_text(rows) if what == "pending" else "\n".join(lines))
 
 

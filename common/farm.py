@@ -1,9 +1,9 @@
-"""Seeds as jobs of submitit's (the extra `cluster`), on SLURM or on this machine: `make farm`, or some of its lines:
+"""Runs seeds as jobs of submitit (the extra `cluster`), on SLURM or here: `make farm`, or for a selection of the lines
 
     make pending COMMANDS=1 | grep segma | python -m common.farm --engine slurm --jobs 50 --time 240
 
-A line is a job, and runs this commit in a git worktree under runs/farm. On SIGTERM (preempted, or out of time) a
-training saves and its job is queued again. What else SLURM is asked for is in its own variables: SBATCH_PARTITION=long.
+Each line is a job. It runs this commit in a git worktree under runs/farm. On SIGTERM (preempted, or out of time) a
+training saves its state, and the job is queued again. Other SLURM options are environment variables: SBATCH_PARTITION.
 """
 
 import fcntl
@@ -30,13 +30,13 @@ except ImportError:
     submitit = None
 
 JOBS = {"local": ["ps", "-A", "-o", "pid=,args="], "slurm": ["squeue", "--noheader", "--array", "--format=%i %T"]}
-PROBE = '[ -e "$0" ] && ! flock --nonblock "$0" true || exit 73'  # on a node, of a file that is locked here
-WHERE = re.compile(r" '?--(data|device|inception|precision|runs|threads)=| && ")  # before it stands which seed it is
-OTHERS = ("submitit", "srun", "slurmstepd", "Traceback", " ")  # lines of a log that are not a command's
+PROBE = '[ -e "$0" ] && ! flock --nonblock "$0" true || exit 73'  # does a node see the lock that we hold?
+WHERE = re.compile(r" '?--(data|device|inception|precision|runs|threads)=| && ")  # what precedes it names the seed
+OTHERS = ("submitit", "srun", "slurmstepd", "Traceback", " ")  # log lines that our commands did not print begin so
 
 
 class Seed:
-    """What submitit calls for a line, and again after a preemption: its commands, one after the other."""
+    """The job of one line: run its commands one after the other. After a preemption submitit runs it again."""
 
     process = None
 
@@ -44,23 +44,23 @@ class Seed:
         for command in line.split(" && "):
             self.process = subprocess.Popen(shlex.split(command))
             if (code := self.process.wait()) in (-signal.SIGTERM, 128 + signal.SIGTERM):
-                signal.raise_signal(signal.SIGTERM)  # the command may have had it alone
+                signal.raise_signal(signal.SIGTERM)  # perhaps only the command received it
             if code:
                 sys.exit(code)
 
     def checkpoint(self, line: str) -> object:
-        """Submitit calls this on SIGTERM, and queues again what it returns; None: nothing."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it again while the job leaves the node
+        """Submitit calls this on SIGTERM and queues what it returns; None ends the job."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM repeats it while the job leaves the node
         if self.process and self.process.returncode is None:
             self.process.send_signal(signal.SIGTERM)
-            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # until it has saved
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # wait until it has saved
         state = ["squeue", "--noheader", "--format=%T", "--jobs", job := os.environ.get("SLURM_JOB_ID", "")]
         cancelled = job and b"COMPLETING" in subprocess.run(state, capture_output=True).stdout
-        return None if cancelled else submitit.helpers.DelayedSubmission(Seed(), line)  # by scancel without --signal
+        return None if cancelled else submitit.helpers.DelayedSubmission(Seed(), line)  # cancelled: by scancel
 
 
 def table(folder: Path) -> dict[str, list[str]]:
-    """Of each seed's last job: queued, running, done or failed; the seed; the last line of its log; the log."""
+    """{seed: [queued, running, done or failed; the seed; the last line of its log; the log]}, of its latest job."""
     if (told := subprocess.run(JOBS[folder.name], capture_output=True, text=True)).returncode:
         raise RunFailed(f"{told.args[0]} does not say which jobs there are ({told.stderr.strip()})")
     slurm, rows = folder.name == "slurm", {}
@@ -78,7 +78,7 @@ def table(folder: Path) -> dict[str, list[str]]:
 
 
 def checkout_for(lock: IO, slurm: bool) -> Path:
-    """A checkout of this commit, beside `lock`. Raises UserError where jobs cannot run there, or not be kept apart."""
+    """A checkout of this commit beside the file `lock`. Raises UserError if jobs cannot run there or the lock fails."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -98,7 +98,7 @@ def checkout_for(lock: IO, slurm: bool) -> Path:
 
 
 def submit(lines: list[str], checkout: Path, engine: str, at_once: int, minutes: int) -> None:
-    """Queue the lines as an array of jobs; on this machine, run and await them."""
+    """Queue the lines as an array of SLURM jobs; on this machine run them, `at_once` at a time, and wait."""
     slurm, asked = engine == "slurm", dict(re.findall(r"--(threads|device)=(\w+)", lines[0]))
     cpus, gpus = max(1, int(asked.get("threads", 1))), 1 if asked.get("device") == "cuda" else None
     path = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))

@@ -1,8 +1,8 @@
-"""A training step recorded once as a CUDA graph and then replayed: `--graph`.
+"""`--graph`: a training step is recorded once as a CUDA graph and then replayed.
 
-A step of a small network is hundreds of kernels of some microseconds, and a GPU waits for Python to launch each; a
-graph is one launch. What was recorded is replayed, so a step must not read a value back, nor depend on anything but its
-batch, the weights and the optimisers.
+A step of a small network is hundreds of kernels of a few microseconds each. Without a graph the GPU waits for Python to
+launch each one; a graph is one launch. A recorded step must not read a value back from the GPU, and it may depend only
+on its batch, the weights and the optimisers.
 """
 
 import warnings
@@ -12,17 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-EAGER = 3  # steps in a row before one is recorded: Adam's state, workspaces and caches come about in them
+EAGER = 3  # ordinary steps before the recording; they create Adam's state, workspaces and caches
 
 Step = Callable[[NamedTuple], dict[str, Tensor]]
 
 
 def replayed(step: Step, optimizers: Iterable[torch.optim.Optimizer], wanted: bool) -> Step:
-    """`step` itself, or, if wanted, one that does the same by recordings.
+    """`step` itself; if wanted, a function that does the same by replaying recordings.
 
-    step: takes a batch, a named tuple of tensors, generators on the device and plain values; returns scalars, which
-    hold until the next step. Each kind of batch (shapes and plain values) has a recording of its own, made once EAGER
-    of a kind have come in a row: an epoch's smaller last batch has none. Global generators draw as in an eager step.
+    step: takes a batch, a named tuple of tensors, generators on the device and plain values. It returns scalars, which
+    are valid until the next step. Each kind of batch (shapes and plain values) gets its own recording after EAGER
+    batches of that kind in a row, so an epoch's smaller last batch gets none. Global generators draw as in ordinary steps.
     """
     if not wanted:
         return step
@@ -52,14 +52,14 @@ def replayed(step: Step, optimizers: Iterable[torch.optim.Optimizer], wanted: bo
 
 
 def placeholder(entry: object) -> object:
-    """A place for an entry of a batch, from which a recording reads it."""
+    """The place from which a recording reads this entry of a batch."""
     if isinstance(entry, Tensor):
         return torch.empty_like(entry)
     return torch.Generator(entry.device) if isinstance(entry, torch.Generator) else entry
 
 
 def on_stream(stream: torch.cuda.Stream, step: Step, batch: NamedTuple) -> dict[str, Tensor]:
-    """A step as it is, on the stream that will record: workspaces and autograd's nodes belong to their first stream."""
+    """Run a step on the stream that will record, because workspaces and autograd nodes stay on their first stream."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         out = step(batch)
@@ -70,21 +70,21 @@ def on_stream(stream: torch.cuda.Stream, step: Step, batch: NamedTuple) -> dict[
 def record(
     step: Step, batch: NamedTuple, optimizers: Iterable[torch.optim.Optimizer], stream: torch.cuda.Stream
 ) -> tuple[Callable[[], None], dict[str, Tensor]]:
-    """Record a step on this batch, without running it. Returns what replays it, and where its results will be."""
+    """Record a step on this batch without running it. Returns the function that replays it, and its outputs."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     graph = torch.cuda.CUDAGraph()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # from PyTorch 2.15 on a graph finds its generators itself, and says so
+        warnings.simplefilter("ignore")  # from PyTorch 2.15 on, a graph finds its generators itself and warns
         for entry in batch:
             if isinstance(entry, torch.Generator) and hasattr(graph, "register_generator_state"):
                 graph.register_generator_state(entry)
     for group in groups:
-        group["capturable"] = True  # Adam asks for it; the fused one does nothing else with it
+        group["capturable"] = True  # Adam requires it; the fused Adam computes the same with it
     try:
         with torch.cuda.graph(graph, stream=stream):
             out = {name: value.detach() for name, value in step(batch).items()}
     finally:
         for group in groups:
-            group["capturable"] = False  # as a checkpoint should have it, and a step outside
+            group["capturable"] = False  # for checkpoints and for steps without a graph
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay, out

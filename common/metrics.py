@@ -1,4 +1,4 @@
-"""Scores as pure functions, each named after what it computes; no model, no file, no random state."""
+"""Scores as pure functions: no model, no file, no random state."""
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ def frechet_distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
     """Fréchet distance of two Gaussians, given by mean (d,) and covariance (d, d). Of Inception features it is FID.
 
     ‖m_1 - m_2‖² + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)) (Heusel et al. 2017, eq. 6), at least 0. The trace of the root is
-    the sum of the roots of the eigenvalues of C_1^(1/2) C_2 C_1^(1/2). That matrix is symmetric, so no complex numbers
-    appear, and covariances may be singular.
+    computed as the sum of the square roots of the eigenvalues of C_1^(1/2) C_2 C_1^(1/2). That matrix is symmetric, so
+    no complex numbers appear, and the covariances may be singular.
     """
     (mean_1, cov_1), (mean_2, cov_2) = first, second
     values, vectors = torch.linalg.eigh(cov_1)
@@ -42,7 +42,7 @@ def contingency(clusters: Tensor, labels: Tensor, n_clusters: int, n_classes: in
 
 
 def clustering_accuracy(table: Tensor) -> float:
-    """The share of points in the class that their cluster stands for, under the best permutation. table: (N, N)."""
+    """The share of points whose cluster stands for their class, under the best one-to-one assignment. table: (N, N)."""
     from scipy.optimize import linear_sum_assignment
 
     if table.shape[0] != table.shape[1]:
@@ -52,7 +52,7 @@ def clustering_accuracy(table: Tensor) -> float:
 
 
 def normalised_mutual_information(table: Tensor) -> float:
-    """I(cluster, class) / √(H(cluster) H(class)); 0 where either is constant. table: (K, N) counts."""
+    """I(cluster, class) / √(H(cluster) H(class)); 0 if either is constant. table: (K, N) counts."""
     joint = table / table.sum()
     clusters, classes = joint.sum(1), joint.sum(0)
 

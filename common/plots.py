@@ -12,12 +12,12 @@ from torch import Tensor
 
 from common.run import atomic
 
-FORMATS = ("png",)  # of figures
-OF = ""  # whose run's they are: an evaluation sets it, and each figure says it
+FORMATS = ("png",)  # file formats of figures; an evaluation with --pdf adds pdf
+OF = ""  # the run that the figures belong to, printed below each; an evaluation sets it
 
 
 def subplots(*arguments, **settings):
-    """matplotlib's, drawn to files alone; the small type of these pages."""
+    """matplotlib's `subplots`, without a display and with small type."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,7 +29,7 @@ def subplots(*arguments, **settings):
 
 
 def save_figure(figure, path: Path) -> None:
-    """Write a figure as a PNG, with --pdf also as a vector file, and close it. Below it stands whose it is."""
+    """Write a figure as PNG (with --pdf also as PDF), with the name of its run below it, and close it."""
     import matplotlib.pyplot as pyplot
 
     figure.tight_layout()
@@ -44,7 +44,7 @@ def save_figure(figure, path: Path) -> None:
 
 
 def grid(images: Tensor, columns: int) -> Tensor:
-    """Images (N, C, H, W) in [0, 1] laid out row by row: uint8 (h, w, 3), two white pixels between them."""
+    """Images (N, C, H, W) in [0, 1] as one picture, row by row: uint8 (h, w, 3), with two white pixels between them."""
     from torchvision.utils import make_grid
 
     laid = make_grid(images.detach().float().cpu().clamp(0, 1), nrow=columns, pad_value=1.0)
@@ -52,7 +52,7 @@ def grid(images: Tensor, columns: int) -> Tensor:
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
-    """The bare grid as a PNG, one pixel per pixel."""
+    """Write the grid as a PNG, without axes or resizing."""
     with atomic(path, "wb") as file:
         Image.fromarray(grid(images, columns).numpy()).save(file, format="PNG")
 
@@ -60,13 +60,13 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
 def save_labelled_grid(
     images: Tensor, path: Path, columns: int, title: str, rows: Sequence[str] = (), heads: Sequence[str] = ()
 ) -> None:
-    """The grid with a title, a label before each row and a head above each column."""
+    """Write the grid with a title, a label before each row and a head under each column."""
     laid, scale = grid(images, columns), 0.5 / 28  # inches a pixel
     cell_h, cell_w = images.shape[2] + 2, images.shape[3] + 2  # with the two pixels between
     figure, axes = subplots(figsize=(laid.shape[1] * scale + 1.2, laid.shape[0] * scale + 0.8))
     axes.imshow(laid.numpy(), interpolation="nearest")
     axes.set_title(title)
-    # Without the parser of formulas: a class may be called a_$.
+    # parse_math=False, because the name of a class may contain $.
     axes.set_yticks([cell_h * (i + 0.5) + 1 for i in range(len(rows))], rows, parse_math=False)
     axes.set_xticks([cell_w * (i + 0.5) + 1 for i in range(len(heads))], heads, parse_math=False)
     axes.tick_params(length=0)
@@ -82,9 +82,9 @@ def save_curves(
     log: bool = False,
     log_y: bool | None = False,
 ) -> None:
-    """Panels of named curves (x, y) or (x, y, error of y), four to a row, a gap where one has none.
+    """Draw panels, four to a row: {panel title: {curve name: (x, y) or (x, y, error of y)}}. An empty panel is a gap.
 
-    log: of the x axis. log_y: None where the panel's values say, which may span a decade.
+    log: a logarithmic x axis. log_y: a logarithmic y axis; None: if a panel's values span more than a decade.
     """
     columns, rows = min(len(panels), 4), -(-len(panels) // 4)
     size = (3.4, 2.8) if len(panels) > 1 else (5.5, 4.0)
@@ -92,7 +92,7 @@ def save_curves(
     for axes, (title, curves) in zip_longest(grid_of_axes.flat, panels.items(), fillvalue=("", {})):
         axes.set_visible(bool(curves))
         for name, (x, y, *error) in curves.items():
-            how = {"linewidth": 1, "capsize": 2, "marker": "." if len(x) < 40 else ""}  # one epoch alone is a point
+            how = {"linewidth": 1, "capsize": 2, "marker": "." if len(x) < 40 else ""}  # a marker shows a single epoch
             axes.errorbar(x, y, *(e for e in error if any(e)), label=name or None, **how)
         values = [value for _, y, *_ in curves.values() for value in y]
         spans = curves and 0 < 10 * min(values) < max(values) if log_y is None else log_y
@@ -107,7 +107,7 @@ def save_curves(
 
 
 def curve(several: Sequence[dict[str, float]], prefix: str) -> tuple[list[float], list[float], list[float]]:
-    """x, mean and standard error over seeds of the metrics prefix_x of each run; one seed has an error of 0."""
+    """A curve from metrics named <prefix><x>: x, and the mean and standard error over runs (0 for a single run)."""
     xs = sorted((float(name.removeprefix(prefix)), name) for name in several[0] if name.startswith(prefix))
     columns = [[metrics[name] for metrics in several] for _, name in xs]
     errors = [statistics.stdev(c) / math.sqrt(len(c)) if len(c) > 1 else 0.0 for c in columns]
@@ -115,14 +115,14 @@ def curve(several: Sequence[dict[str, float]], prefix: str) -> tuple[list[float]
 
 
 def named(name: str, several: Sequence) -> str:
-    """A curve's name, with how many seeds it is of."""
+    """A curve's name with the number of its seeds."""
     return f"{name} ({len(several)} seed{'s' * (len(several) > 1)})"
 
 
 def save_course(rows: Sequence[dict], path: Path, names: dict[str, str], others: bool = True) -> None:
-    """A panel for each column of a log against the epoch. rows: as in log.csv. names: {column: its title}, first.
+    """Draw each column of a log against the epoch, a panel each. rows: of log.csv. names: {column: panel title}.
 
-    others: draw the columns that `names` leaves out, too. Before the first epoch has ended there is nothing to draw.
+    Columns in `names` come first; with `others` the rest follow. Draws nothing if no epoch has ended.
     """
     columns = dict.fromkeys(name for row in rows for name in row if name not in ("epoch", "seconds"))
     shown = [*filter(columns.__contains__, names), *(c for c in columns if others and c not in names)]

@@ -36,13 +36,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-QUIET = 5.0  # seconds between two lines where the screen is no terminal, and between two writings of log.csv
-SILENT = 20.0  # seconds without a line, at most, where the screen is no terminal
-SAMPLED = {1, 2, 5, 10, 20, 50, 100, 200, 300, 400, 500, 1000}  # epochs after which samples are drawn; and the last
+QUIET = 5.0  # at least so many seconds between two printed epochs, and between two writings of log.csv
+SILENT = 20.0  # without a terminal: print the position after so many seconds without a line
+SAMPLED = {1, 2, 5, 10, 20, 50, 100, 200, 300, 400, 500, 1000}  # draw samples after these epochs and after the last
 
 
 class Ended(Exception):
-    """What ends a command: one line, which begins with `word`, and an exit code, 128 and the number after a signal."""
+    """Ends a command with one line, which begins with `word`, and an exit code: 128 + the number after a signal."""
 
     code, word = 0, ""
 
@@ -51,7 +51,7 @@ class Ended(Exception):
         self.code = code or self.code
 
 
-class RunFailed(Ended):  # while it ran
+class RunFailed(Ended):  # something went wrong while it ran
     code, word = 1, "failed: "
 
 
@@ -60,9 +60,9 @@ class UserError(Ended):  # a mistake in usage, configuration or data
 
 
 def refuse(wrong: dict[str, str]) -> None:
-    """Raise UserError with everything that is wrong, and all the flags that mend it.
+    """Raise one UserError that lists every mistake and the flags that fix them. Without a mistake do nothing.
 
-    wrong: what does not fit -> the flags that do, or "" where none can.
+    wrong: {mistake: the flags that fix it, or "" where no flag can}.
     """
     if wrong:
         fits = f". What fits: {' '.join(wrong.values())}" if all(wrong.values()) else ""
@@ -70,9 +70,9 @@ def refuse(wrong: dict[str, str]) -> None:
 
 
 def exit_with(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and leave with the exit code and the one line that its outcome deserves."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # as after 2>&-
-    for stream in (sys.stdout, sys.stderr):  # a terminal that has no α shows ? in its place
+    """Call `main`, print one line if it failed, and exit with the right code."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None after 2>&-
+    for stream in (sys.stdout, sys.stderr):  # a terminal without α shows ? instead
         stream.reconfigure(errors="replace")
     code, line = 0, ""
     try:
@@ -81,9 +81,9 @@ def exit_with(main: Callable[[], None]) -> NoReturn:
         code, line = end.code, f"{end.word}{end}"
     except KeyboardInterrupt:
         code, line = 130, "interrupted"
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except BrokenPipeError:  # the reader of our output is gone, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # a full disk, a folder of another person; errors of networks have no file name
+    except OSError as error:  # a full disk, no permission; an error of the network has no file name
         if error.filename is None:
             raise
         code, line = 1, f"failed: {error.filename}: {error.strerror}; what was saved before is intact"
@@ -93,7 +93,7 @@ def exit_with(main: Callable[[], None]) -> NoReturn:
 
 
 def generator(seed: int, *stream: object, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator for one purpose, as generator(seed, "order", epoch): nothing to save, nothing to replay."""
+    """A random generator for one purpose, such as generator(seed, "order", epoch). A checkpoint need not hold it."""
     digest = hashlib.sha256(repr((seed, *stream)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -103,10 +103,10 @@ def generator(seed: int, *stream: object, device: str | torch.device = "cpu") ->
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field of a config may be, as in Annotated[int, Range(1)]."""
+    """The allowed values of a numeric config field: Annotated[int, Range(1)]."""
 
     low: float
-    above: bool = False  # above `low`, or at least `low`
+    above: bool = False  # True: the value must be above `low`; False: at least `low`
     below: float = float("inf")
 
     def __contains__(self, value: float) -> bool:
@@ -123,7 +123,7 @@ Decay = Annotated[float, Range(0, below=1)]
 
 
 def check_value(name: str, value: object, annotation: Any) -> object:
-    """`value`, from YAML or a flag's text, as the annotation asks for it. Raises UserError naming what is allowed."""
+    """Convert `value`, from YAML or from a flag, to the annotated type. Raises UserError that says what is allowed."""
     parts = get_args(annotation)
     if type(None) in parts:  # Count | None
         return None if str(value).lower() in ("none", "null") else check_value(name, value, parts[0])
@@ -147,31 +147,31 @@ def check_value(name: str, value: object, annotation: Any) -> object:
 
 
 def as_path(text: str) -> Path:
-    """A path from the command line; ~ is the home folder also where the shell leaves it alone: make DATA=~/data."""
+    """A path from the command line. Expands ~, which the shell leaves alone in make DATA=~/data."""
     return Path(os.path.expanduser(text))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """'; did you mean …?' for the closest of `known`, or the list of them."""
+    """'; did you mean …?' with the closest of `known`; the whole list where none is close."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
 
 
 def make_config(cls: type, values: dict, where: str) -> Any:
-    """The frozen dataclass `cls` from a flat mapping, every key and value checked. where: the file, for the message."""
+    """Make a `cls` of a flat mapping; check every key and value. where: named in the message of a UserError."""
     types = {field.name: field.type for field in fields(cls)}
     try:
         for key in values:
             if key not in types:
                 raise UserError(f"unknown key {key!r}{nearest(str(key), types)}")
         return cls(**{key: check_value(key, value, types[key]) for key, value in values.items()})
-    except (UserError, ValueError) as error:  # a ValueError is the Config's own, on fields that do not fit together
+    except (UserError, ValueError) as error:  # the Config raises ValueError if its fields do not fit together
         raise UserError(f"{where}: {error}") from None
 
 
 def read_yaml(path: Path) -> dict:
-    """A flat YAML mapping. Raises UserError where it cannot be read, is no mapping, or misleads."""
+    """Read a flat YAML mapping. Raises UserError if the file is unreadable, no mapping, or ambiguous."""
     try:
         text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text)
@@ -180,45 +180,45 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, found {type(values).__name__}")
     keys = re.findall(r"^([^\s#:]+):", text, re.M)
-    if twice := [key for key in keys if keys.count(key) > 1]:  # YAML takes the last
+    if twice := [key for key in keys if keys.count(key) > 1]:  # YAML would take the last one
         raise UserError(f"{path}: {twice[0]} stands there {len(twice)} times; keep one")
-    if octal := re.search(r"^(\w+): +[-+]?0\d+ *(#.*)?$", text, re.M):  # YAML reads 010 as 8
+    if octal := re.search(r"^(\w+): +[-+]?0\d+ *(#.*)?$", text, re.M):  # YAML would read 010 as 8
         raise UserError(f"{path}: {octal[1]}: a number must not begin with 0")
     return values
 
 
 def module_of(paper: str, experiment: str) -> str:
-    """The module that trains an experiment: mnist-m1m2 is m1m2.py's, where there is that file; else train.py."""
+    """The module that trains an experiment: m1m2 for mnist-m1m2 if the paper has an m1m2.py; otherwise train."""
     dataset, _, last = experiment.rpartition("-")
     return last if dataset and (ROOT / paper / f"{last}.py").exists() else "train"
 
 
 def experiments(paper: str, module: str | None = None) -> list[str]:
-    """The names of a paper's experiments, its configs/*.yaml; or those of one module."""
+    """The names of a paper's experiments (configs/*.yaml), sorted; with `module`, only those that it trains."""
     names = sorted(path.stem for path in (ROOT / paper / "configs").glob("*.yaml"))
     return [name for name in names if module in (None, module_of(paper, name))]
 
 
 def check_experiment(paper: str, experiment: str) -> None:
-    """Raise UserError where the paper has no such experiment."""
+    """Raise UserError if the paper has no such experiment."""
     if experiment not in (known := experiments(paper)):
         raise UserError(f"unknown experiment {experiment!r}{nearest(experiment, known)}")
 
 
 def config_class(paper: str, experiment: str) -> type:
-    """The Config of an experiment."""
+    """The Config class of an experiment."""
     return importlib.import_module(f"{paper}.{module_of(paper, experiment)}").Config
 
 
 def experiment_config(paper: str, experiment: str, overrides: dict | None = None) -> Any:
-    """The config of an experiment, with overrides from the command line."""
+    """The committed config of an experiment, with `overrides` ({field: value}) in place of its values."""
     check_experiment(paper, experiment)
     values = read_yaml(ROOT / paper / "configs" / f"{experiment}.yaml")
     return make_config(config_class(paper, experiment), values | (overrides or {}), f"{paper} {experiment}")
 
 
 def config_hash(config: Any) -> str:
-    """12 hex digits over the fields, epochs aside, that differ from their defaults: a new switch disowns no old run."""
+    """12 hex digits over the fields (epochs aside) that differ from their defaults. A new field keeps old hashes."""
     kept = {field.name: field.default for field in fields(config) if field.name != "epochs"}
     differing = {name: value for name, default in kept.items() if (value := getattr(config, name)) != default}
     return hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()[:12]
@@ -230,7 +230,7 @@ def option(default: object, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how a run is made: provenance, not configuration."""
+    """Where and how a run is made. Not part of its config; most of it is recorded as provenance."""
 
     experiment: str
     seed: Annotated[int, Range(0, below=2**63)] = option(0, "fixes everything that is random")
@@ -248,17 +248,17 @@ class Options:
     describe: bool = option(False, "print what would be trained, and stop")
     json: bool = option(False, "with --describe: for programs")
     pdf: bool = option(False, "in an evaluation: figures as vector files, too")
-    changes: dict = field(default_factory=dict)  # the fields, but epochs, in which a run departs from its experiment
-    moved: dict = field(default_factory=dict)  # "dataset": where the folder of images stands now
+    changes: dict = field(default_factory=dict)  # config fields, epochs excepted, that flags set to another value
+    moved: dict = field(default_factory=dict)  # {"dataset": folder:<path>} if a flag gave the image folder
 
     def folder(self, paper: str) -> Path:
-        """runs/<paper>/<experiment>/seed<k>; where fields were changed a folder of its own: seed0-labels-stratified."""
-        own = {name: str(value).split("/")[-1] for name, value in self.changes.items()}  # of a path its last part
+        """runs/<paper>/<experiment>/seed<k>; with changed fields they are in the name: seed0-labels-stratified."""
+        own = {name: str(value).split("/")[-1] for name, value in self.changes.items()}  # the last part of a path
         words = [re.sub(r"[^\w.]+|_", "-", word).strip("-") for pair in own.items() for word in pair]
         return self.runs / paper / self.experiment / "-".join([f"seed{self.seed}", *words])[:200]
 
     def flags(self) -> list[str]:
-        """What a command needs to find the run again."""
+        """The flags with which another command finds this run."""
         given = {"seed": self.seed, "data": self.data, "runs": self.runs, **self.changes, **self.moved}
         return [word for name, value in given.items() for word in (flag_of(name), str(value))]
 
@@ -269,13 +269,13 @@ def flag_of(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that answers a mistake with one line and the nearest valid name."""
+    """argparse, but a mistake is a UserError: one line with the nearest valid name."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
     def parse_all(self, argv: list[str] | None) -> argparse.Namespace:
-        argv = sys.argv[1:] if argv is None else argv  # --grad_clip_norm is --grad-clip-norm: both spellings are right
+        argv = sys.argv[1:] if argv is None else argv  # accept --grad_clip_norm for --grad-clip-norm
         argv = [a.replace("_", "-", a.partition("=")[0].count("_")) if a.startswith("--") else a for a in argv]
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
@@ -285,8 +285,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(program: str, cls: type | None, argv: list[str] | None = None) -> tuple[Any, Options]:
-    """Config and options from the command line of `python -m <program>`, as segma.train. cls: the Config that it
-    trains, each field of which is a flag; None for an evaluation, which takes the flags that its run was made with."""
+    """Config and options from the command line of `python -m <program>`, for example segma.train.
+
+    cls: the program's Config; each of its fields is a flag. None for an evaluation: it takes its run's flags."""
     paper, _, module = program.partition(".")
     argv = sys.argv[1:] if argv is None else argv
     trains, names = cls is not None, experiments(paper, module if cls else None)
@@ -320,21 +321,21 @@ def parse(program: str, cls: type | None, argv: list[str] | None = None) -> tupl
 
 
 def differs(name: str, value: object, other: object) -> bool:
-    """Whether a run with another value of this field is another run. Epochs may grow, and an image folder may move."""
+    """Whether these two values of a field belong to two different runs. Epochs may grow; an image folder may move."""
     if name in ("dataset", "data") and ":" in str(value):
         value, other = (str(dataset).partition(":")[0] for dataset in (value, other))
     return name != "epochs" and value != other
 
 
 def comments(cls: type) -> dict[str, str]:
-    """What stands beside each field of a Config in its source: the help of its flag."""
+    """{field: the comment beside it in the Config's source}. It is the help text of the field's flag."""
     lines = [line for part in cls.__mro__[:-1] for line in inspect.getsource(part).splitlines()]
     found = (re.match(r" {4}(\w+): .*?  # (.*)", line) for line in lines)
     return {match[1]: match[2].replace("%", "%%") for match in found if match}
 
 
 def start(program: str, cls: type, train: Callable, argv: list[str] | None = None) -> None:
-    """The command `python -m <program>`: train(config, options), or `--describe`. cls: its Config."""
+    """Run the command `python -m <program>`: call train(config, options), or obey --describe. cls: its Config."""
     config, options = parse(program, cls, argv)
     if not options.describe:
         train(config, options)
@@ -353,7 +354,7 @@ def start(program: str, cls: type, train: Callable, argv: list[str] | None = Non
 
 
 def set_up(options: Options) -> torch.device:
-    """Threads, device and the published arithmetic (fp32, TF32 off). Raises UserError where the device is not there."""
+    """Set threads, device and the published arithmetic (TF32 off). Raises UserError if the machine cannot do it."""
     if options.threads:
         torch.set_num_threads(options.threads)
     gpus = torch.cuda.device_count()
@@ -368,7 +369,7 @@ def set_up(options: Options) -> torch.device:
     if options.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard: the package is not installed; pip install -e '.[tensorboard]', or leave it out")
     if device.index:
-        torch.cuda.set_device(device)  # streams and recordings are the current device's
+        torch.cuda.set_device(device)  # --graph records on the current device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -377,9 +378,10 @@ def set_up(options: Options) -> torch.device:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """The commit of this repository, and whether its code or configs differ from it; what `make results` writes is not
-    code, so a run may go on while results are collected. (None, None) where git does not say."""
-    git = ["git", "--git-dir=.git"]  # of ROOT itself, not of a repository around it
+    """(commit, dirty) of this repository; (None, None) if git does not say. dirty: code or configs were changed.
+
+    The files that `make results` writes are not code: results may be collected while a run goes on."""
+    git = ["git", "--git-dir=.git"]  # never a repository around this one
     status = [*git, "status", "--porcelain", "--", ".", ":!*/results/*", ":!*/figures/*", ":!*.md"]
     read = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
     try:
@@ -397,7 +399,7 @@ def device_name(device: torch.device) -> str:
 
 
 def session(device: torch.device) -> dict:
-    """Which code runs from now on, on what. A run that was resumed has several."""
+    """The commit, versions, machine and date of this process. A resumed run has several sessions."""
     commit, dirty = git_state()
     versions = {"torch": str(torch.__version__), "python": platform.python_version()}
     machine = {"device": device_name(device), "threads": torch.get_num_threads()}
@@ -406,7 +408,7 @@ def session(device: torch.device) -> dict:
 
 
 def provenance(state: dict) -> dict:
-    """Where the weights in a checkpoint come from. What differed between the sessions of a resumed run is a list."""
+    """How the weights in a checkpoint were made. A fact that differed between the run's sessions is a list."""
     sessions = state["sessions"]
     facts = {key: list(dict.fromkeys(s[key] for s in sessions)) for key in sessions[-1]}
     weights = (value.contiguous().numpy().tobytes() for _, value in sorted(state["weights"].items()))
@@ -415,13 +417,13 @@ def provenance(state: dict) -> dict:
     origin["git_dirty"] = any(dirty is not False for dirty in facts["git_dirty"])
     origin |= {key: value for key, value in state["identity"].items() if key not in ("paper", "experiment", "seed")}
     origin |= {"training_seconds": round(state["seconds"], 1), "epochs": state["epoch"]}
-    origin["steps_beyond"] = state["step"]  # of an epoch that was not finished
+    origin["steps_beyond"] = state["step"]  # steps of an unfinished epoch
     return origin | {"weights": hashlib.sha256(b"".join(weights)).hexdigest()[:16]}
 
 
 @contextmanager
 def atomic(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Write a file whole or not at all: a temporary file in the same folder, fsynced, then renamed."""
+    """Write a file completely or not at all: write a temporary file in the same folder, fsync it, rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -430,7 +432,7 @@ def atomic(path: Path, mode: str = "w") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # a rename survives a power cut once its folder has been synced
+        folder = os.open(path.parent, os.O_RDONLY)  # the rename survives a power cut only if the folder is synced
         os.fsync(folder)
         os.close(folder)
     except BaseException as error:
@@ -442,7 +444,7 @@ def atomic(path: Path, mode: str = "w") -> Iterator[IO]:
 
 @contextmanager
 def locked(path: Path, waiting: str) -> Iterator[None]:
-    """One process at a time: of two that hold the same lock file the second prints `waiting`, and waits."""
+    """Let one process at a time into the block. A second one prints `waiting` and waits. path: the lock file."""
     lock = filelock.FileLock(path)
     try:
         held = lock.acquire(blocking=False)
@@ -459,24 +461,24 @@ def write_json(path: Path, value: object) -> None:
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    buffer = io.BytesIO()  # torch.save on a full disk raises anything but an OSError
+    buffer = io.BytesIO()  # because torch.save to a full disk does not raise OSError
     torch.save(state, buffer)
     with atomic(path, "wb") as file:
         file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict | None:
-    """The state in `path`, on the CPU; None where there is none. Raises UserError where the file is damaged."""
+    """The state saved in `path`, on the CPU; None if there is no such file. Raises UserError if it is damaged."""
     if not path.exists():
         return None
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load alone reads most flipped bits as other numbers
+        with zipfile.ZipFile(path) as archive:  # torch.load does not notice most flipped bits
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(damaged)
-        return torch.load(path, map_location="cpu", weights_only=True)  # runs no code that is in the file
+        return torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # of a damaged zip file nearly anything is raised
+    except Exception as error:  # a damaged zip file can raise nearly anything
         raise UserError(f"{path}: damaged ({str(error)[:150]}). Delete it to begin anew") from None
 
 
@@ -484,7 +486,7 @@ def load_checkpoint(path: Path) -> dict | None:
 
 
 class Run:
-    """One run on disk, open for training: its position, its log, its checkpoint. segma/train.py shows the loop."""
+    """One run on disk, open for training: position, log and checkpoint. segma/train.py shows how a loop uses it."""
 
     SAVED = ("identity", "epoch", "step", "total_steps", "rows", "names", "sums", "seconds", "sessions")
 
@@ -494,10 +496,10 @@ class Run:
         self.identity = {"paper": paper, "experiment": options.experiment, "seed": options.seed}
         self.identity |= {"precision": options.precision, **data}
         self.epoch = self.step = self.total_steps = self.signal = 0
-        self.rows, self.sessions, self.names = [], [], []  # of the log, of the machine, of the losses
-        self.sums: Tensor | None = None  # of the losses since the epoch began, on the device
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # the first step that was not finite
-        self.seconds = self.printed_at = self.logged_at = 0.0  # of training, all sessions together
+        self.rows, self.sessions, self.names = [], [], []  # rows of the log; see `session`; names of the losses
+        self.sums: Tensor | None = None  # each loss summed over this epoch's steps, on the device
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # the first step with a loss not finite
+        self.seconds = self.printed_at = self.logged_at = 0.0  # seconds: of training, over all sessions
 
     def __enter__(self) -> "Run":
         self.lock = filelock.FileLock(self.folder / ".lock")
@@ -508,11 +510,11 @@ class Run:
             raise UserError(f"{self.folder}: another process trains this run; wait, or use another --runs") from None
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror}); name another --runs") from None
-        for part in self.folder.rglob(".*.part"):  # of a process that was killed while it wrote
+        for part in self.folder.rglob(".*.part"):  # left by a process that was killed while writing
             part.unlink()
         self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.board = None  # TensorBoard's writer, where one is asked for
-        shape = "{desc}|{bar:10}| {elapsed} < {remaining}"  # fits 80 columns: the error first, then as much as fits
+        self.board = None  # TensorBoard's writer, with --tensorboard
+        shape = "{desc}|{bar:10}| {elapsed} < {remaining}"  # fits 80 columns
         self.bar = tqdm(disable=None, mininterval=0.5, bar_format=shape, dynamic_ncols=True)
         return self
 
@@ -528,8 +530,9 @@ class Run:
         self.signal = number
 
     def resume(self, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], steps: int) -> None:
-        """Take up the run where its checkpoint left it, if there is one, and say so. steps: in an epoch.
-        Raises UserError where the folder holds a run of another config, seed, precision or data."""
+        """Continue from the checkpoint if there is one, and print the position. steps: per epoch.
+
+        Raises UserError if the folder holds a run with another config, seed, precision or data."""
         self.model, self.optimizers, self.steps, self.saved_position, position = model, optimizers, steps, None, ""
         self.started = self.epoch_started = self.saved_at = time.monotonic()
         if state := load_checkpoint(self.path):
@@ -564,11 +567,11 @@ class Run:
         self.bar.update(self.total_steps)
 
     def _refuse_other(self, state: dict) -> None:
-        added = {field.name: field.default for field in fields(self.config)}  # the default of a field added since
+        added = {field.name: field.default for field in fields(self.config)}  # for fields newer than the checkpoint
         ours, theirs = self.identity | asdict(self.config), added | state["identity"] | state["config"]
         wrong = [f"{key}: a field unknown here" for key in state["config"] if key not in added]
         differing = [key for key in ours if differs(key, ours[key], theirs.get(key))]
-        flags = {key: flag_of(key) for key in (*added, "seed", "precision")}  # the data's digest has none
+        flags = {key: flag_of(key) for key in (*added, "seed", "precision")}  # the data's digest has no flag
         wrong += [f"{flags.get(k, k)}: {theirs.get(k)!r} there, {ours[k]!r} asked for" for k in differing]
         if state["epoch"] + (state["step"] > 0) > self.config.epochs:
             wrong.append(f"{state['epoch']} epochs are done, {self.config.epochs} asked for; they can only grow")
@@ -576,7 +579,7 @@ class Run:
             raise UserError(f"{self.folder} holds a run made otherwise ({'; '.join(wrong)}). Use another --runs")
 
     def after_step(self, losses: dict[str, Tensor]) -> None:
-        """Count a step: add up its losses (scalars, on the device), save if it is time, stop if asked to."""
+        """Count a step and add up its losses (scalars on the device). Save if it is time; stop after a signal."""
         self.names = list(losses)
         values = torch.stack([value.detach().float() for value in losses.values()])
         self.sums = values if self.sums is None else self.sums + values
@@ -591,11 +594,11 @@ class Run:
             self.printed_at = now
         if self.signal or now - self.saved_at > self.options.save_every:
             self.save()
-        elif self.step == self.steps:  # before the epoch is evaluated
+        elif self.step == self.steps:  # before the loop evaluates the epoch
             self._check_finite()
 
     def after_epoch(self, **more: float) -> None:
-        """Close an epoch: the means of its losses, `more` and its seconds become a row of log.csv."""
+        """End an epoch: its mean losses, `more` and its seconds become a row of log.csv."""
         self._check_finite()
         means, now = dict(zip(self.names, (self.sums / self.step).tolist(), strict=True)), time.monotonic()
         row = {**means, **more, "seconds": round(now - self.epoch_started, 3)}
@@ -616,12 +619,12 @@ class Run:
         return f"{self.identity['experiment']} {self.folder.name}  epoch {epoch}/{self.config.epochs}"
 
     def sample_path(self) -> Path | None:
-        """Where a grid of samples goes after this epoch, or None where none is due."""
+        """The file for a grid of samples after this epoch, or None if none is due."""
         due = self.epoch in SAMPLED or self.epoch == self.config.epochs
         return self.folder / "samples" / f"epoch{self.epoch:04d}.png" if due else None
 
     def finish(self) -> None:
-        """Save the last epoch's weights, unless the checkpoint has them already, and say what to do next."""
+        """Save the last epoch's weights unless they are saved already, and print the next command."""
         if (self.epoch, self.step) != self.saved_position:
             self.save()
             self.bar.close()
@@ -630,7 +633,7 @@ class Run:
             print(f"next: python -m {shlex.join(command)}", flush=True)
 
     def save(self) -> None:
-        """Write the checkpoint, then stop if asked to. A step that was not finite raises RunFailed before."""
+        """Write the checkpoint; after a signal, end the command. Raises RunFailed instead if a loss was not finite."""
         self._check_finite()
         now = time.monotonic()
         self.seconds = now - self.started
@@ -653,7 +656,7 @@ class Run:
     def _write_log(self) -> None:
         path, self.logged_at = self.folder / "log.csv", time.monotonic()
         if not self.rows:
-            path.unlink(missing_ok=True)  # of epochs that no checkpoint holds
+            path.unlink(missing_ok=True)  # a log of epochs that no checkpoint holds
             return
         names = dict.fromkeys(name for row in self.rows for name in row)
         with atomic(path) as file:
@@ -661,7 +664,7 @@ class Run:
 
 
 def load_weights(model: nn.Module, state: dict, folder: Path) -> None:
-    """The checkpoint's weights into the model. Raises UserError where they are another system's."""
+    """Load the checkpoint's weights into the model. Raises UserError if they belong to another system."""
     try:
         model.load_state_dict(state["weights"])
     except RuntimeError as error:
@@ -671,9 +674,9 @@ def load_weights(model: nn.Module, state: dict, folder: Path) -> None:
 def load_run(
     paper: str, folder: str | Path, device: str | torch.device = "cpu", moved: dict | None = None
 ) -> tuple[nn.Module, dict]:
-    """The system trained in `folder`, ready, and its checkpoint. Raises UserError where none is, or a damaged one.
+    """The trained system in `folder`, ready for use, and its checkpoint. Raises UserError if there is none.
 
-    moved: {"dataset": …} where the folder of images stands elsewhere now.
+    moved: {"dataset": folder:<path>} if the run's image folder has moved.
     """
     folder = Path(folder)
     state = load_checkpoint(folder / "checkpoint.pt")
@@ -687,28 +690,28 @@ def load_run(
 
 
 def check_data(folder: Path, state: dict, data: Any) -> None:
-    """Raise UserError where `data` (a Dataset) is not what the run whose checkpoint is `state` was trained on."""
+    """Raise UserError if `data` (a Dataset) is not what the run with checkpoint `state` was trained on."""
     trained_on = state["identity"]["data_digest"]
     if data.digest != trained_on:
         raise UserError(f"{folder}: trained on {data.name} with digest {trained_on}, found {data.digest}")
 
 
 def record(config: Any, state: dict, metrics: dict, device: torch.device, **judges: str | None) -> dict:
-    """What eval.json holds of the run whose checkpoint is `state`. judges: the networks that scored it."""
+    """The content of eval.json for the run with checkpoint `state`. judges: digests of the networks that scored it."""
     made = {"experiment": state["identity"]["experiment"], "seed": state["identity"]["seed"], "metrics": metrics}
     made |= {"config": asdict(config), "config_hash": config_hash(config)}
     return made | {"provenance": provenance(state) | judges | {"evaluation": session(device)}}
 
 
 def evaluate_from(paper: str, evaluate: Callable, argv: list[str] | None, shown: Callable[[str], bool] = bool) -> None:
-    """The command `python -m <paper>.eval`: evaluate(options) gives what `record` made. shown: the metrics to print."""
-    from common import diff, plots  # which import this module
+    """Run the command `python -m <paper>.eval`. evaluate(options) returns a `record`. shown: which metrics to print."""
+    from common import diff, plots  # here, because both import this module
 
     config, options = parse(f"{paper}.eval", None, argv)
     folder, earlier = options.folder(paper), {}
     plots.FORMATS = ("png", "pdf") if options.pdf else ("png",)
     plots.OF = ", ".join(dict.fromkeys([paper, options.experiment, Path(config.dataset).name, folder.name]))
-    with suppress(OSError, ValueError):  # an eval.json that cannot be read is written anew
+    with suppress(OSError, ValueError):  # an unreadable eval.json is written anew
         earlier = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     result = evaluate(options)
     origin = result["provenance"]
