@@ -333,7 +333,7 @@ def _provide(name: str, root: Path, inside: str, files: Iterable[str], md5: dict
 
 
 def _check(folder: Path, checksums: dict[str, str], unofficial: bool | None = None) -> list[str]:
-    """The files' checksums. Raises UserError if one is not official. unofficial: accept it; None: offer no such flag."""
+    """The files' checksums. Raises UserError if one is not official. unofficial: accept it; None: no flag can."""
     found = []
     for file, expected in checksums.items():
         with open(folder / file, "rb") as content:

@@ -22,7 +22,7 @@ def replayed(step: Step, optimizers: Iterable[torch.optim.Optimizer], wanted: bo
 
     step: takes a batch, a named tuple of tensors, generators on the device and plain values. It returns scalars, which
     are valid until the next step. Each kind of batch (shapes and plain values) gets its own recording after EAGER
-    batches of that kind in a row, so an epoch's smaller last batch gets none. Global generators draw as in ordinary steps.
+    batches of that kind in a row; an epoch's smaller last batch gets none. Global generators draw as without a graph.
     """
     if not wanted:
         return step
