@@ -268,6 +268,13 @@ def claims(paper: str, reference: list[dict], mine: list[dict]) -> list[list[str
     return rows
 
 
+def tally(rows: list[Row]) -> str:
+    """How many rows with a published number match, differ, and so on. A number with two readings has two rows."""
+    words = Counter(re.match("[a-z ]*", row.verdict)[0].strip() for row in rows if row.published)
+    words["differ"] = words["better"] + words["worse"] + words["differs"]
+    return ", ".join(f"{words[word]} {word}" for word in ("match", "differ", "indicative", "not comparable", "not run"))
+
+
 def as_text(rows: list[list[str]]) -> str:
     """A table as text; rows[0] are the heads. Leaves out empty columns and wraps the widest to fit the terminal."""
     rows = list(zip(*(column for column in zip(*rows, strict=True) if any(column[1:])), strict=True))
@@ -353,11 +360,8 @@ def show(paper: str, runs: Path, only: str | None, everything: bool) -> None:
         print(line)
     if only and not shown:
         print(f"no result of {only} stands in the table; an evaluated run has its own in its eval.json")
-    words = Counter(re.match("[a-z ]*", row.verdict)[0].strip() for row in rows if row.published)
-    words["differ"] = words["better"] + words["worse"] + words["differs"]
-    counts = [f"{words[word]} {word}" for word in ("match", "differ", "indicative", "not comparable", "not run")]
     if any(row.published for row in rows):
-        print(f"published numbers: {', '.join(counts)}")
+        print(f"published numbers: {tally(rows)}")
     if more := len(rows) + len(said) - len(shown) - len(held):
         print(f"{more} more rows have no result yet; --all (make diff ALL=1) shows them")
 
@@ -394,12 +398,13 @@ def collect(runs: Path) -> None:
 def pages() -> dict[Path, str]:
     """{path: text} of each RESULTS.md and README, the latter with its results block, from the committed results."""
     heads = ["where", "system", "published", "ours, n", "verdict"]
-    blocks, written, glance = {}, {}, [["paper", *heads]]
+    blocks, written, glance, everything = {}, {}, [["paper", *heads]], []
     for paper in papers():
         records, folder, figures = read(paper), ROOT / paper, {}
         rows, said = table(paper, records, []), claims(paper, records, [])
         numbers, beside = [r for r in rows if r.published], [r for r in rows if r.reference and not r.published]
         done = [row for row in numbers if not row.verdict.startswith("not ")]
+        everything += numbers
         short = [[r.where, f"{r.system} ({r.experiment})", r.published, r.reference, r.verdict] for r in done]
         left = {r[:2]: r.verdict for r in numbers if r[:2] not in {row[:2] for row in done}}  # no reading has a run
         waiting = "; ".join(f"{n} {why}" for why, n in Counter(left.values()).items()) or "none"
@@ -430,7 +435,7 @@ def pages() -> dict[Path, str]:
         for name, images in figures.items():
             parts.append("\n".join([f"<details><summary>{name}</summary>\n", *images, "\n</details>"]))
         written[folder / "RESULTS.md"] = "\n\n".join(filter(None, parts)) + "\n"
-    blocks[ROOT] = as_markdown(glance)
+    blocks[ROOT] = f"{as_markdown(glance)}\n\nOf {len(everything)} rows with a published number: {tally(everything)}."
     for folder, block in blocks.items():
         before, _, rest = (path := folder / "README.md").read_text(encoding="utf-8").partition(BEGIN)
         if END not in rest:
