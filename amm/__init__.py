@@ -6,6 +6,6 @@ from common import run
 def load(folder, device="cpu"):
     """The system trained in `folder` (runs/amm/<experiment>/seed<k>), ready: weights loaded, in evaluation mode.
 
-    Raises UserError where there is no such run, or it is damaged.
+    Raises UserError if there is no such run or if it is damaged.
     """
     return run.load_run("amm", folder, device)[0]

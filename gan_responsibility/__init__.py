@@ -5,5 +5,5 @@ from common import run  # first: it sets OpenMP's variables before torch is impo
 
 def load(folder, device="cpu"):
     """The system trained in `folder` (runs/gan_responsibility/<experiment>/seed<k>), ready: weights loaded, evaluation
-    mode. Raises UserError where there is none, or it is damaged."""
+    mode. Raises UserError if there is none or if it is damaged."""
     return run.load_run("gan_responsibility", folder, device)[0]

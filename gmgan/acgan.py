@@ -3,7 +3,7 @@
     python -m gmgan.acgan mnist --seed 0 --data data
 
 The generator gets noise z ~ N(0, I) and a class c, one-hot. The discriminator says whether a sample is real (S) and of
-which class it is (C). D climbs L_S + L_C, G climbs L_C - L_S. All else is as with GM-GAN (ledger 12).
+which class it is (C). D climbs L_S + L_C, G climbs L_C - L_S. Everything else is as in GM-GAN (ledger 12).
 """
 
 import functools
@@ -23,7 +23,7 @@ from gmgan.train import Batch, GanConfig, Optimizers, descend, train
 class Config(GanConfig):
     @property
     def groups(self) -> int:
-        """How many kinds of sample can be asked for: classes."""
+        """How many groups samples come from: the classes."""
         return self.class_count
 
     def build(self) -> nn.Module:
@@ -43,32 +43,32 @@ class ACGAN(Gan):
         self.output_of_group = self.output_of_class = torch.arange(n)  # output c of C stands for class c
 
     def players(self) -> dict[str, list[nn.Parameter]]:
-        """What each player moves."""
+        """The parameters of each player."""
         return {"discriminator": list(self.discriminator.parameters()), "generator": list(self.generator.parameters())}
 
     def generate(self, epsilon: Tensor, groups: Tensor, multiplier: float = 1.0) -> Tensor:
-        """As Gan.generate, of classes (B,)."""
+        """As Gan.generate; the groups (B,) are classes."""
         one_hot = F.one_hot(groups, self.config.class_count).to(epsilon.dtype)
         return self.generator(torch.cat([math.sqrt(multiplier) * epsilon, one_hot], 1))
 
     def source_loss(self, logits: Tensor, real: bool) -> Tensor:
-        """-log P(S = real) or -log P(S = fake), mean over the batch. logits: (B, 1 + N), of which the first."""
+        """-log P(S = real) or -log P(S = fake), mean over the batch. logits: (B, 1 + N); the first one is S."""
         return F.softplus(-logits[:, 0] if real else logits[:, 0]).mean()
 
     def class_loss(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """-log P(C = c), mean over the batch. logits: (B, 1 + N), of which all but the first; classes: (B,)."""
+        """-log P(C = c), mean over the batch. logits: (B, 1 + N), all but the first; classes: (B,)."""
         return F.cross_entropy(logits[:, 1:], classes)
 
     def discriminator_loss(self, on_real: Tensor, on_fake: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
-        """-(L_S + L_C), halved as Algorithm 1 halves the sum over real and fake; a scalar, nats.
+        """-(L_S + L_C) / 2, as Algorithm 1 halves the sum over real and fake samples; a scalar, nats.
 
-        on_real, on_fake: logits (b_D, 1 + N).  labels, classes: (b_D,), of the real and of the generated samples.
+        on_real, on_fake: logits (b_D, 1 + N).  labels, classes: (b_D,), of real and generated samples.
         """
         source = self.source_loss(on_real, True) + self.source_loss(on_fake, False)
         return (source + self.class_loss(on_real, labels) + self.class_loss(on_fake, classes)) / 2
 
     def generator_loss(self, on_fake: Tensor, classes: Tensor) -> Tensor:
-        """-(L_C - L_S), the source term non-saturating as in eq. (2) of GM-GAN. on_fake: logits (b_G, 1 + N)."""
+        """-(L_C - L_S); the source term does not saturate, as in eq. (2) of GM-GAN. on_fake: logits (b_G, 1 + N)."""
         return self.source_loss(on_fake, True) + self.class_loss(on_fake, classes)
 
     @torch.no_grad()
@@ -79,7 +79,7 @@ class ACGAN(Gan):
 
 
 def train_step(model: ACGAN, optimizers: Optimizers, batch: Batch, precision: str = "fp32") -> dict[str, Tensor]:
-    """A step of D, then one of G, in the order of Algorithm 1. Returns what GM-GAN's step does."""
+    """A step of D, then one of G, in the order of Algorithm 1. Returns the same scalars as GM-GAN's step."""
     autocast = torch.autocast(batch.real.device.type, torch.bfloat16, enabled=precision == "bf16")
     with autocast:
         with torch.no_grad():

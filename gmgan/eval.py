@@ -18,15 +18,15 @@ from gmgan import scores, toy
 from gmgan.model import GMGAN, Gan
 from gmgan.train import load_data
 
-SAMPLES = 10_000  # scored
+SAMPLES = 10_000  # samples that are scored
 CURVE_SAMPLES = 5_000  # at each σ of Fig. 7
-PAIRS = 5_000  # of them, whose MS-SSIM stands for all
+PAIRS = 5_000  # random pairs of samples, whose MS-SSIM stands for all pairs
 MULTIPLIERS = toy.MULTIPLIERS  # the σ of Sec. 4.3: 0.5, 0.6 … 2.0
-SHOWN_MULTIPLIERS = toy.SHOWN_MULTIPLIERS  # of Fig. 6
+SHOWN_MULTIPLIERS = toy.SHOWN_MULTIPLIERS  # the σ in Fig. 6
 SIGMA = "σ, factor on the covariance after training"
 CURVES = {"quality": "quality, eq. (7), 0 to 1", "diversity": "diversity, eq. (10), 0 to 1"}
 CURVES |= {"inception_score": "Inception Score, eq. (5)"}
-COURSE = {  # the log's columns, as training.png names them
+COURSE = {  # a column of the log: its title in training.png
     "d_loss": "loss of D, nats",
     "g_loss": "loss of G, nats",
     "real": "D's probability of real samples",
@@ -41,8 +41,8 @@ COURSE = {  # the log's columns, as training.png names them
     "mse": "squared error per pixel of [-1, 1]",
     "grad": "norm of the gradient",
 }
-NATURAL = ("cifar10", "stl10")  # data sets of Table 2, for which the Inception network means something
-INCEPTION_SAMPLES = 50_000  # of Table 2, in 10 parts, as the score's authors do
+NATURAL = ("cifar10", "stl10")  # the data sets of Table 2, photographs, on which the Inception Score makes sense
+INCEPTION_SAMPLES = 50_000  # for Table 2, in 10 parts, as the authors of the score do
 
 
 def evaluate(options: run.Options) -> dict:
@@ -72,7 +72,7 @@ def evaluate(options: run.Options) -> dict:
 
 
 def on_images(model: Gan, data: Dataset, options: run.Options) -> tuple[dict[str, float], dict[str, str | None]]:
-    """Table 2, Table 3 and the curves of Figs. 2 and 7 for one run, and which networks judged."""
+    """Table 2, Table 3 and the curves of Figs. 2 and 7 for one run, and the digests of the networks that judged."""
     network, accuracy = classifier.trained(data, options.runs / "cache", model.device)
     print(f"features of {len(data.train_images):,} real images; scores of {SAMPLES:,} samples", flush=True)
     reference = classifier.features(network, data.train_images).float()
@@ -85,7 +85,7 @@ def on_images(model: Gan, data: Dataset, options: run.Options) -> tuple[dict[str
     images, groups = model.sample_mixture(SAMPLES, seed=options.seed)
     values, classes = judged(judge, images, options.seed)
     found |= values | scores.groups_and_classes(model, classes, groups, data.n_classes)
-    for multiplier in MULTIPLIERS:  # 1 among them: all points of a curve are of as many samples, and of the same pairs
+    for multiplier in MULTIPLIERS:  # also 1, so that all points of a curve use as many samples and the same pairs
         images, _ = model.sample_mixture(CURVE_SAMPLES, multiplier, options.seed)
         values, _ = judged(judge, images, options.seed)
         found |= {f"{name}_at_{multiplier}": values[name] for name in ("quality", "diversity", "largest_class")}
@@ -96,18 +96,18 @@ def on_images(model: Gan, data: Dataset, options: run.Options) -> tuple[dict[str
 
 
 class Judge(NamedTuple):
-    """What eqs. (6) to (9) need beside the samples."""
+    """What eqs. (6) to (9) need besides the samples."""
 
-    network: classifier.Network  # of the data set, trained on its labels
-    reference: Tensor  # (m, d), its features of the training images
-    log_a: float  # of eq. (6)
+    network: classifier.Network  # the data set's classifier, trained on its labels
+    reference: Tensor  # (m, d), the classifier's features of the training images
+    log_a: float  # log a of eq. (6)
     n_classes: int  # N
 
 
 def judged(judge: Judge, images: Tensor, seed: int) -> tuple[dict[str, float], Tensor]:
-    """Eqs. (6) to (11) for uint8 images (n, C, H, W), and the share of the most frequent class in percent.
+    """Eqs. (6) to (11) on uint8 images (n, C, H, W), and the share of the most frequent class in percent.
 
-    Returns these scores, and the class (n,) that the network gives each image. seed: of the pairs of eq. (8).
+    Returns these scores and the class (n,) that the network gives each image. seed: draws the pairs of eq. (8).
     """
     distances = scores.nearest_distances(classifier.features(judge.network, images).float(), judge.reference)
     classes = classifier.classify(judge.network, images)
@@ -129,9 +129,9 @@ def judged(judge: Judge, images: Tensor, seed: int) -> tuple[dict[str, float], T
 
 
 def clustering(model: Gan, data: Dataset, seed: int) -> dict[str, float]:
-    """ACC and NMI of Table 3 for an unsupervised run with as many Gaussians as classes, else nothing.
+    """ACC and NMI of Table 3 for an unsupervised run with as many Gaussians as classes; otherwise empty.
 
-    _test: of the test images.
+    Names that end with _test are scores on the test images.
     """
     if model.supervised or model.config.groups != data.n_classes:
         return {}
@@ -145,7 +145,7 @@ def clustering(model: Gan, data: Dataset, seed: int) -> dict[str, float]:
 
 
 def inception_score(model: Gan, data: Dataset, options: run.Options) -> tuple[dict[str, float], str | None]:
-    """Table 2's score, of 50,000 samples, and Fig. 2's curve, of 10,000 at each σ; nothing without the weights."""
+    """Table 2's score on 50,000 samples and Fig. 2's curve, 10,000 at each σ; empty without the Inception weights."""
     if data.name not in NATURAL:
         return {}, None
     path, reason = inception.find_weights(options.inception)
@@ -187,7 +187,7 @@ def figures(model: Gan, data: Dataset, metrics: dict[str, float], folder: Path) 
 
 
 def label_groups(model: Gan, data: Dataset) -> list[str]:
-    """What stands before each row of samples: the Gaussian's number, or the class that it stands for."""
+    """The label of each row of samples: the Gaussian's number, or the class that it stands for."""
     groups = model.config.groups
     if not model.supervised:
         return [f"Gaussian {k}" for k in range(groups)]

@@ -2,8 +2,8 @@
 
     python -m gmgan.figures --runs runs
 
-Figures 3 and 4 need the runs themselves (seed 0 of each). Figures 2, 5 and 7 take the reference results and the
-evaluated runs under --runs, every seed of each, with standard errors. What is missing is named and left out.
+Figures 3 and 4 need the runs themselves (seed 0 of each). Figures 2, 5 and 7 use every seed of the reference results
+and of the evaluated runs under --runs, with standard errors. A figure whose runs are missing is named and left out.
 """
 
 import time
@@ -17,15 +17,15 @@ from gmgan.eval import MULTIPLIERS, SIGMA
 
 TOY = {"GAN": "toy-gan", "GM-GAN": "toy", "AC-GAN": "toy-acgan", "GM-GAN, supervised": "toy-supervised"}
 DATA = {"CIFAR-10": "cifar10", "STL-10": "stl10", "Fashion-MNIST": "fashion", "MNIST": "mnist", "digits": "digits"}
-FIGURE_7 = {  # its two columns: the experiments behind each curve
+FIGURE_7 = {  # for each of its two columns, the experiments that give the curves
     "supervised": {"AC-GAN": "{}-acgan", "GM-GAN": "{}-supervised", "GM-GAN, dynamic": "{}-supervised-dynamic"},
     "unsupervised": {"GAN": "{}-gan", "GM-GAN": "{}", "GM-GAN, dynamic": "{}-dynamic"},
 }
-NARROW = {"mnist": "mnist-narrow", "fashion": "fashion-narrow"}  # GM-GAN of its baselines' width there (ledger 5)
+NARROW = {"mnist": "mnist-narrow", "fashion": "fashion-narrow"}  # GM-GAN as narrow as the baselines (ledger 5)
 
 
 def figures_3_and_4(runs: Path, out: Path) -> None:
-    """Samples of the four models over the data; GAN's and GM-GAN's at several σ."""
+    """Samples of the four models over the data; samples of GAN and GM-GAN at several σ."""
     trained = {}
     for name, experiment in TOY.items():
         folder = runs / "gmgan" / experiment / "seed0"
@@ -50,7 +50,7 @@ def figures_3_and_4(runs: Path, out: Path) -> None:
 
 
 def figure_4_curves(found: dict, out: Path) -> None:
-    """The trade-off of Fig. 4 in numbers: likelihood against entropy of the toy's samples, a point for each σ."""
+    """The trade-off of Fig. 4 in numbers: likelihood against entropy of samples of the toy, one point per σ."""
     curves = {}
     for name, experiment in TOY.items():
         if experiment in found:
@@ -63,7 +63,7 @@ def figure_4_curves(found: dict, out: Path) -> None:
 
 
 def figure_5(found: dict, out: Path) -> None:
-    """Negative log-likelihood of samples against the epoch, the data's own as a line."""
+    """Negative log-likelihood of samples against the epoch; a line shows that of the data."""
     curves = {named(name, found[e]): curve(found[e], "nll_after_") for name, e in TOY.items() if e in found}
     if curves:
         xs = next(iter(curves.values()))[0]
@@ -74,7 +74,7 @@ def figure_5(found: dict, out: Path) -> None:
 
 
 def figure_7(found: dict, out: Path) -> None:
-    """Quality and diversity against σ, a row for each data set of which there is a run."""
+    """Quality and diversity against σ, one row for each data set that has a run."""
     panels = {}
     for title, data in DATA.items():
         row = {}

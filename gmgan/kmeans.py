@@ -2,9 +2,9 @@
 
     python -m gmgan.kmeans fashion --seed 0 --data data
 
-Trains the auto-encoder; evaluation clusters pixels and codes. The paper says of both only that they are its own
-implementation. The auto-encoder is that of DEC (Xie, Girshick, Farhadi 2016), whose AE + K-means row the table quotes:
-dense 500-500-2000-10, ReLU (ledger 18).
+This trains the auto-encoder; the evaluation clusters pixels and codes. The paper only says that both baselines are its
+own implementation. We take the auto-encoder of DEC (Xie, Girshick, Farhadi 2016), dense 500-500-2000-10 with ReLU,
+because the table quotes DEC's AE + K-means row (ledger 18).
 """
 
 import functools
@@ -22,7 +22,7 @@ from gmgan.model import checked_input
 from gmgan.train import Batch, Optimizers, Task, descend, train
 
 HIDDEN = (500, 500, 2000)
-RESTARTS = 10  # of K-means, by k-means++; the best by its own objective counts
+RESTARTS = 10  # K-means starts so often, by k-means++; the start with the lowest objective counts
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,19 @@ class KMeansAutoencoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, latent_dim) of images (B, C, H, W), uint8 or floats in [-1, 1]. Raises ValueError for others."""
+        """Codes (B, latent_dim) of images (B, C, H, W), uint8 or floats in [-1, 1]; otherwise raises ValueError."""
         return self.encoder(checked_input(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Images (B, C, H, W) of codes (B, latent_dim), about in [-1, 1]."""
+        """Images (B, C, H, W), roughly in [-1, 1], of codes (B, latent_dim)."""
         return self.decoder(codes)
 
     @torch.no_grad()
     def scores(self, data: Dataset, seed: int) -> dict[str, float]:
         """ACC and NMI of K-means with K = N, on pixels and on codes, fitted to the training images.
 
-        _test: of the test images.
+        Names that end with _test are scores on the test images.
         """
         from sklearn.cluster import KMeans
 
@@ -93,7 +93,7 @@ class KMeansAutoencoder(nn.Module):
 def train_step(
     model: KMeansAutoencoder, optimizers: Optimizers, batch: Batch, precision: str = "fp32"
 ) -> dict[str, Tensor]:
-    """One step down the mean squared error, per pixel of [-1, 1]."""
+    """One step down the squared error of pixels in [-1, 1], mean over pixels and images."""
     with torch.autocast(batch.real.device.type, torch.bfloat16, enabled=precision == "bf16"):
         decoded = model.decoder(model.encoder(batch.real))
     loss = F.mse_loss(decoded.float(), batch.real)

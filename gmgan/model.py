@@ -1,7 +1,7 @@
 """GM-GAN (Sec. 2): the mixture prior, the networks, the losses of Algorithm 1, sampling, the clustering of Algorithm 2.
 
-The paper gives no architecture; ledger 5 says where ours comes from. The toy's points have two dense networks. Images
-have a light DCGAN, which halves the image down to 7×7 (from 28), 4×4 (32), 5×5 (40) or 6×6 (96) by stride-2 layers.
+The paper gives no architecture; ledger 5 says where ours comes from. For the points of the toy both networks are dense.
+For images they are a light DCGAN, whose stride-2 layers lead to 7×7 (from 28), 4×4 (32), 5×5 (40) or 6×6 (96).
 """
 
 import math
@@ -18,9 +18,9 @@ from common import classifier, run
 class Mixture(nn.Module):
     """K equally likely Gaussians N(μ_k, A_k A_kᵀ) in the latent space, eq. (4) and Algorithm 1, lines 1-3.
 
-    means: μ_k ~ U[-c, c]^d.  scales: A_k, all σ I at first (√σ I where σ is a variance).
-    Static: both stay fixed, and the scales are one number. Dynamic: both are parameters, and the scales are (K, d, d),
-    or (K, d) where they are diagonal. K = 1, c = 0 and σ = 1 is the classical N(0, I).
+    means: μ_k ~ U[-c, c]^d.  scales: A_k, at first σ I (√σ I if σ is a variance).
+    Static: both stay fixed, and the scales are one number. Dynamic: both are trained, and the scales are (K, d, d), or
+    (K, d) if they are diagonal. K = 1, c = 0 and σ = 1 give the classical N(0, I).
     """
 
     def __init__(self, n_components: int, latent_dim: int, mean_range: float, deviation: float, kind: str):
@@ -35,9 +35,9 @@ class Mixture(nn.Module):
             self.scales = nn.Parameter(deviation * (ones.diag_embed() if kind == "dynamic" else ones))
 
     def forward(self, noise: Tensor, components: Tensor, multiplier: float = 1.0) -> Tensor:
-        """z = A_k ε + μ_k, the re-parametrisation of Sec. 2: latent vectors (B, d) of ε ~ N(0, I), (B, d), and k, (B,).
+        """z = A_k ε + μ_k, the re-parametrisation of Sec. 2: (B, d), from noise ε ~ N(0, I), (B, d), and k, (B,).
 
-        multiplier: the σ of Sec. 4.3, a factor on the covariance after training; 1 while training.
+        multiplier: the σ of Sec. 4.3, which scales the covariance after training; 1 while training.
         """
         scaled = math.sqrt(multiplier) * noise
         if self.scales.dim() == 3:
@@ -51,7 +51,7 @@ class Mixture(nn.Module):
 
 
 def halvings(height: int) -> int:
-    """How often an image is halved: while its side stays even and at least 4. 28 -> 7, 32 -> 4, 40 -> 5, 96 -> 6."""
+    """How often a side is halved: while it is even and the half is at least 4. 28 -> 7, 32 -> 4, 40 -> 5, 96 -> 6."""
     n = 0
     while height % 2 == 0 and height // 2 >= 4:
         height, n = height // 2, n + 1
@@ -59,9 +59,9 @@ def halvings(height: int) -> int:
 
 
 class ToImage(nn.Module):
-    """(B, H·W·C) to (B, C, H, W), channels last in memory as in the layers around it.
+    """(B, H·W·C) to (B, C, H, W), channels last in memory like the layers around it.
 
-    A gradient of two layouts would cost 15 % of a step.
+    With another memory layout here a step takes 15 % longer.
     """
 
     def __init__(self, channels: int, side: int):
@@ -73,7 +73,7 @@ class ToImage(nn.Module):
 
 
 class ToVector(nn.Module):
-    """Its inverse: (B, C, H, W) to (B, H·W·C)."""
+    """The inverse of ToImage: (B, C, H, W) to (B, H·W·C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1).flatten(1)
@@ -85,17 +85,17 @@ def dense_layer(inputs: int, units: int, norm: bool, activation: nn.Module) -> l
 
 
 def generator(inputs: int, shape: tuple[int, ...], width: int, norm: bool, dense_units: int = 0) -> nn.Sequential:
-    """From vectors (B, inputs) to points (B, 2), or to images (B, C, H, W) in [-1, 1].
+    """Network from vectors (B, inputs) to points (B, 2), or to images (B, C, H, W) in [-1, 1].
 
-    width: units of a hidden layer, or channels of the layer next to the image.  norm: with batch normalisation.
-    dense_units: of images, a dense layer before all others, as InfoGAN has it; 0: none.
+    width: units of a hidden layer, or channels of the layer next to the image.  norm: use batch normalisation.
+    dense_units: for images, units of a first dense layer, as InfoGAN has it; 0: no such layer.
     """
     if len(shape) == 1:
         hidden = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
         return nn.Sequential(*hidden, nn.Linear(width, *shape))
     channels, height, _ = shape
     n = halvings(height)
-    side, depth = height >> n, width << (n - 1)  # of 28×28: 7, 2·width
+    side, depth = height >> n, width << (n - 1)  # for 28×28: 7, 2·width
     layers: list[nn.Module] = dense_layer(inputs, dense_units, norm, nn.ReLU()) if dense_units else []
     layers += [nn.Linear(dense_units or inputs, depth * side * side), ToImage(depth, side)]  # (2·width, 7, 7)
     while n:
@@ -110,7 +110,7 @@ def generator(inputs: int, shape: tuple[int, ...], width: int, norm: bool, dense
 class Discriminator(nn.Module):
     """Logits of D(x), (B, outputs): the sigmoid of each is a probability.
 
-    x: points (B, 2), or images (B, C, H, W) in [-1, 1]. dense_units: of images, a dense layer after the convolutions.
+    x: points (B, 2), or images (B, C, H, W) in [-1, 1]. dense_units: units of a dense layer after the convolutions.
     """
 
     def __init__(self, shape: tuple[int, ...], outputs: int, width: int, norm: bool, dense_units: int = 0):
@@ -124,7 +124,7 @@ class Discriminator(nn.Module):
             for i in range(halvings(height)):
                 out = width << i
                 layers.append(nn.Conv2d(channels, out, 4, stride=2, padding=1))  # (width, 14, 14), then (2·width, 7, 7)
-                layers += [nn.BatchNorm2d(out)] if norm and i else []  # none next to the image, as in DCGAN
+                layers += [nn.BatchNorm2d(out)] if norm and i else []  # not next to the image, as in DCGAN
                 layers.append(nn.LeakyReLU(0.2))
                 channels, height = out, height // 2
             layers.append(ToVector())
@@ -141,7 +141,7 @@ class Discriminator(nn.Module):
 
 
 def initialise(network: nn.Module) -> None:
-    """DCGAN's: weights N(0, 0.02), batch normalisation's N(1, 0.02), biases 0. Dense networks keep PyTorch's own."""
+    """As in DCGAN: weights N(0, 0.02), batch normalisation N(1, 0.02), biases 0. Dense networks keep PyTorch's."""
     if any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in network.modules()):
         for m in network.modules():
             normed = isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)
@@ -154,12 +154,12 @@ def initialise(network: nn.Module) -> None:
 
 
 def as_input(x: Tensor) -> Tensor:
-    """uint8 images 0 … 255 brought to [-1, 1] (Sec. 4); floats, and the toy's points, as they are."""
+    """uint8 images 0 … 255 scaled to [-1, 1] (Sec. 4). Floats and the points of the toy stay as they are."""
     return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
 
 
 def checked_input(x: Tensor) -> Tensor:
-    """`as_input` of what comes from outside. Raises ValueError where images are neither uint8 nor floats in [-1, 1]."""
+    """`as_input`, but raises ValueError if images are neither uint8 nor floats in [-1, 1]."""
     if x.dim() == 4 and x.dtype != torch.uint8 and not (x.is_floating_point() and (x.abs() <= 1).all()):
         found = f"{x.dtype} from {x.min():g} to {x.max():g}"
         raise ValueError(f"images: expected uint8, or floats in [-1, 1]; found {found}")
@@ -174,10 +174,10 @@ def to_bytes(images: Tensor) -> Tensor:
 def correspondence(n_components: int, n_classes: int, text: str | None) -> tuple[Tensor, Tensor]:
     """Which output of a supervised discriminator stands for each Gaussian, (K,), and which for each class, (N,).
 
-    K ≥ N: one output a class, and f: [K] -> [N] sends several Gaussians to one class (Sec. 2).
-    K < N: no f: [K] -> [N] does what the paper says; g: [N] -> [K] groups the classes, with one output a Gaussian.
-    text: the map's values, "0,1,2,0,…": f of each Gaussian, or g of each class; None: k mod N, or n mod K.
-    Raises ValueError where the text is no such map.
+    K ≥ N: one output per class; f: [K] -> [N] may send several Gaussians to one class (Sec. 2).
+    K < N: no f: [K] -> [N] does what the paper says, so g: [N] -> [K] groups the classes; one output per Gaussian.
+    text: the values of the map, "0,1,2,0,…": f of each Gaussian, or g of each class; None: k mod N, or n mod K.
+    Raises ValueError if the text is no such map.
     """
     k, n = n_components, n_classes
     size, values = (k, n) if k >= n else (n, k)
@@ -206,12 +206,12 @@ def correspondence(n_components: int, n_classes: int, text: str | None) -> tuple
 
 
 def wanted_outputs(logits: Tensor, outputs: Tensor) -> Tensor:
-    """What D is to say, (B, outputs) as its logits: 1 at the output (B,) of each sample, 0 at all others."""
+    """The targets of D, (B, outputs), shaped as its logits: 1 at the output (B,) of each sample, 0 at all others."""
     return torch.zeros_like(logits).scatter_(1, outputs[:, None], 1.0)
 
 
 def binary_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
-    """-log D where 1 is wanted, -log(1 - D) where 0 is: summed over outputs, mean over the batch; a scalar, nats."""
+    """-log D where the target is 1, -log(1 - D) where it is 0: a sum over outputs, a mean over the batch, in nats."""
     return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(1).mean()
 
 
@@ -221,8 +221,8 @@ def binary_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
 class Gan(nn.Module):
     """What GM-GAN and AC-GAN (acgan.py) share: how samples are drawn while training and after it.
 
-    Every sample is of a group: a Gaussian of GM-GAN, a class of AC-GAN. A subclass brings `generator`, `discriminator`,
-    `generate`, whether it is `supervised`, and which of D's outputs stands for each group and for each class.
+    Every sample belongs to a group: a Gaussian of GM-GAN or a class of AC-GAN. A subclass defines `generator`,
+    `discriminator`, `generate`, `supervised`, and which output of D stands for each group and for each class.
     """
 
     def __init__(self, config, supervised: bool):
@@ -236,12 +236,12 @@ class Gan(nn.Module):
     def generate(self, epsilon: Tensor, groups: Tensor, multiplier: float = 1.0) -> Tensor:
         """Points (B, 2), or images (B, C, H, W) in [-1, 1], from noise ε ~ N(0, I), (B, d), and groups (B,).
 
-        multiplier: σ of Sec. 4.3, a factor on the covariance of every Gaussian after training.
+        multiplier: the σ of Sec. 4.3, which scales the covariance of every Gaussian after training.
         """
         raise NotImplementedError
 
     def draw(self, n: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
-        """n generated samples and the group (n,) of each, all groups equally likely: Algorithm 1, lines 7-9, 19-21."""
+        """n generated samples and the group (n,) of each, all groups equally likely (Algorithm 1, lines 7-9, 19-21)."""
         groups = torch.randint(self.config.groups, (n,), generator=noise, device=noise.device)
         epsilon = torch.randn(n, self.config.latent_dim, generator=noise, device=noise.device)
         return self.generate(epsilon, groups), groups
@@ -251,29 +251,29 @@ class Gan(nn.Module):
         """n samples of each group, group by group, on the CPU.
 
         Points (groups · n, 2), or uint8 images (groups · n, C, H, W). multiplier: as in `generate`. seed, stream: they
-        name the noise ε, which is the same for every multiplier. Batch normalisation uses its running means.
+        fix the noise ε, which is the same for every multiplier. Batch normalisation uses its running statistics.
         """
         noise, training, parts = run.generator(seed, *stream), self.training, []
         self.eval()
         for groups in torch.arange(self.config.groups).repeat_interleave(n).split(1000):
             epsilon = torch.randn(len(groups), self.config.latent_dim, generator=noise)
             made = self.generate(epsilon.to(self.device), groups.to(self.device), multiplier)
-            parts.append((to_bytes(made) if made.dim() == 4 else made).cpu())  # as floats they could be 10 GB
+            parts.append((to_bytes(made) if made.dim() == 4 else made).cpu())  # floats could take 10 GB
         self.train(training)
         return torch.cat(parts)
 
     def sample_mixture(self, n: int, multiplier: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """n samples of all groups, as equally many of each as possible, and the group (n,) of each. As `sample`."""
+        """n samples, the same number of each group (up to one), and the group (n,) of each. Otherwise as `sample`."""
         each = -(-n // self.config.groups)
         kept = torch.arange(self.config.groups * each).view(-1, each).T.flatten()[:n]  # one of each group in turn
         return self.sample(each, multiplier, seed)[kept], kept // each
 
 
 class GMGAN(Gan):
-    """GM-GAN, unsupervised or supervised, of a train.Config: the mixture, G and D.
+    """GM-GAN, unsupervised or supervised: the mixture, G and D. config: a train.Config.
 
-    Unsupervised, D has one output, which stands for every Gaussian and every class: eqs. (2) and (3) are the supervised
-    losses with N = 1.
+    Unsupervised, D has one output, which stands for every Gaussian and every class, because eqs. (2) and (3) are the
+    supervised losses with N = 1.
     """
 
     def __init__(self, config):
@@ -287,13 +287,13 @@ class GMGAN(Gan):
         initialise(self.generator)
         initialise(self.discriminator)
         of_group, of_class = torch.zeros(k, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
-        if config.supervised and n > 1:  # N = 1: it stands in a folder that was not read yet
+        if config.supervised and n > 1:  # N = 1: the number of classes is not known yet
             of_group, of_class = correspondence(k, n, config.class_map)
         self.register_buffer("output_of_group", of_group, persistent=False)
         self.register_buffer("output_of_class", of_class, persistent=False)
 
     def players(self) -> dict[str, list[nn.Parameter]]:
-        """What each player moves: D itself, G itself and a dynamic mixture."""
+        """The parameters of each player. A dynamic mixture belongs to G."""
         moved_by_g = [*self.generator.parameters(), *self.mixture.parameters()]
         return {"discriminator": list(self.discriminator.parameters()), "generator": moved_by_g}
 
@@ -304,7 +304,7 @@ class GMGAN(Gan):
         """L(D), eq. (3) and its supervised form, Algorithm 1, lines 10-16: a scalar, nats.
 
         on_real, on_fake: D's logits (b_D, outputs) of real and generated samples.  labels: (b_D,), of the real ones.
-        The output of a real sample's class is to be 1 and all others 0; of a fake all are to be 0. Divided by 2 b_D.
+        For a real sample the target is 1 at its class and 0 elsewhere; for a fake it is 0 everywhere. Divided by 2 b_D.
         """
         real = binary_cross_entropy(on_real, wanted_outputs(on_real, self.output_of_class[labels]))
         return (real + binary_cross_entropy(on_fake, torch.zeros_like(on_fake))) / 2
@@ -313,7 +313,7 @@ class GMGAN(Gan):
         """L(G), eq. (2) and its supervised form, Algorithm 1, lines 22-26: a scalar, nats.
 
         on_fake: D's logits (b_G, outputs) of generated samples.  components: (b_G,), the Gaussian k of each.
-        The output f(k) is to be 1 and all others 0.
+        The target is 1 at the output f(k) and 0 elsewhere.
         """
         return binary_cross_entropy(on_fake, wanted_outputs(on_fake, self.output_of_group[components]))
 
@@ -328,7 +328,7 @@ class GMGAN(Gan):
     def cluster(self, images: Tensor, seed: int = 0) -> Tensor:
         """Algorithm 2: the cluster (n,) of each image (n, C, H, W), uint8 or floats in [-1, 1] (else ValueError).
 
-        Trains a K-way classifier on M generated images of each Gaussian, labelled by Gaussian, and asks it.
+        Trains a K-way classifier on M generated images of each Gaussian, labelled by Gaussian, and applies it.
         """
         k, m = self.config.components, self.config.cluster_samples
         generated = self.sample(m, seed=seed)  # lines 2-4
