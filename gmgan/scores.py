@@ -1,6 +1,6 @@
-"""The scores of Sec. 3 and 5.2: quality, diversity within and between classes, Inception Score, and those of clusters.
+"""The scores of Secs. 3 and 5.2: quality, diversity within and between classes, Inception Score, ACC and NMI.
 
-Each is a function of images, features or classes; eval.py says which classifier gives those.
+Each is a function of images, features or classes; eval.py provides the classifier that gives those.
 """
 
 import math
@@ -17,8 +17,8 @@ WINDOW, WINDOW_DEVIATION = 11, 1.5  # the Gaussian window of SSIM
 
 
 def nearest_distances(features: Tensor, reference: Tensor, batch: int = 1000) -> Tensor:
-    """‖c_l(x) - c_l(NN(x))‖₂ of eq. (6), (n,): from each of features (n, d) to the nearest of reference (m, d)."""
-    # cdist finds the nearest by matrix products, which cost small distances their digits: the distance is taken anew.
+    """‖c_l(x) - c_l(NN(x))‖₂ of eq. (6), (n,): the distance of features (n, d) to the nearest of reference (m, d)."""
+    # cdist uses matrix products, which lose the digits of small distances. So it only finds the nearest point.
     nearest = torch.cat([reference[torch.cdist(part, reference).argmin(1)] for part in features.split(batch)])
     return (features - nearest).norm(dim=1)
 
@@ -26,21 +26,22 @@ def nearest_distances(features: Tensor, reference: Tensor, batch: int = 1000) ->
 def quality(distances: Tensor, log_a: float) -> Tensor:
     """q(x), eq. (6), (n,): 1 - eᵈ / (eᵈ + a), at most a / (1 + a).
 
-    Written as the sigmoid of log a - d, which no distance d can overflow.
+    Computed as the sigmoid of log a - d, which cannot overflow.
     """
     return (log_a - distances).sigmoid()
 
 
 def scales(side: int) -> int:
-    """On how many scales MS-SSIM is taken: as many as keep its 11×11 window inside, 5 at most. 28: 2, 96: 4."""
+    """The number of scales of MS-SSIM: as many as leave room for its 11×11 window, at most 5. 28: 2, 96: 4."""
     return min(int(math.log2(side / WINDOW)) + 1, len(MS_SSIM_WEIGHTS))
 
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
-    """MS-SSIM of pairs of images x, y (B, C, H, W) in [0, 1], (B,) in [0, 1].
+    """MS-SSIM, (B,) in [0, 1], of pairs of images x, y (B, C, H, W) in [0, 1].
 
-    Contrast and structure at every scale, luminance at the last, each to its weight. The weights of the scales that are
-    left out are spread over the others; negative terms count as 0. Raises ValueError where a side is below 11 pixels.
+    The product of contrast and structure at every scale and of luminance at the last, each to the power of its weight.
+    The weights of left-out scales are spread over the others; negative terms count as 0. Raises ValueError if a side
+    is below 11 pixels.
     """
     if min(x.shape[-2:]) < WINDOW:
         found = f"{x.shape[-2]}×{x.shape[-1]}"
@@ -57,7 +58,7 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _ssim(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """SSIM and its factor for contrast and structure alone, each (B,), means over pixels and channels; range [0, 1]."""
+    """SSIM, and its factor for contrast and structure; each (B,), a mean over pixels and channels. x, y: in [0, 1]."""
     c1, c2 = 0.01**2, 0.03**2
     axis = torch.arange(WINDOW, device=x.device, dtype=x.dtype) - WINDOW // 2
     window = (-(axis**2) / (2 * WINDOW_DEVIATION**2)).exp()
@@ -75,20 +76,20 @@ def intra_class_diversity(
 ) -> tuple[float, float]:
     """d_intra, eq. (8), and its standard error: 1 - the mean MS-SSIM over all ordered pairs of images.
 
-    images: uint8 (n, C, H, W), n ≥ 2.  The n self-pairs, whose MS-SSIM is 1, count exactly; `pairs` random ones stand
-    for the other n² - n.
+    images: uint8 (n, C, H, W), n ≥ 2.  The n pairs of an image with itself have an MS-SSIM of 1 and count exactly;
+    `pairs` random pairs stand for the other n² - n.
     """
     n = len(images)
     first = torch.randint(n, (pairs,), generator=generator)
-    second = (first + torch.randint(1, n, (pairs,), generator=generator)) % n  # never itself
+    second = (first + torch.randint(1, n, (pairs,), generator=generator)) % n  # never the same image
     parts = zip(first.split(batch), second.split(batch), strict=True)
     similar = torch.cat([ms_ssim(images[i].float() / 255, images[j].float() / 255) for i, j in parts]).double()
-    share = 1 - 1 / n  # of all pairs that are not self-pairs
+    share = 1 - 1 / n  # of the pairs of two different images
     return share * (1 - similar.mean().item()), share * similar.std().item() / math.sqrt(pairs)
 
 
 def inter_class_diversity(classes: Tensor, n_classes: int) -> float:
-    """d_inter, eq. (9): the entropy of how often each of N ≥ 2 classes (n,) occurs, as a share of log N."""
+    """d_inter, eq. (9): the entropy of the frequencies of N ≥ 2 classes, divided by log N. classes: (n,)."""
     shares = classes.bincount(minlength=n_classes).double() / len(classes)
     return max(0.0, -torch.special.xlogy(shares, shares).sum().item()) / math.log(n_classes)
 
@@ -104,7 +105,7 @@ def combined(quality: float, diversity: float) -> float:
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> float:
-    """Eq. (5), exp(E KL(p(y|x) ‖ p(y))): the mean over `splits` parts of logits (n, classes), as its authors do it."""
+    """Eq. (5), exp(E KL(p(y|x) ‖ p(y))), of logits (n, classes): the mean over `splits` parts, as its authors do it."""
     values = []
     for part in logits.double().chunk(splits):
         log_p = part.log_softmax(1)
@@ -114,16 +115,16 @@ def inception_score(logits: Tensor, splits: int = 10) -> float:
 
 
 def clustering(clusters: Tensor, labels: Tensor, n_classes: int) -> dict[str, float]:
-    """ACC, eq. (12), and NMI, eq. (13), of clusters (n,) against labels (n,), as many of the one as of the other."""
+    """ACC, eq. (12), and NMI, eq. (13), of clusters (n,) and labels (n,), each 0 … n_classes - 1."""
     table = contingency(clusters, labels, n_classes, n_classes)
     return {"accuracy": clustering_accuracy(table), "nmi": normalised_mutual_information(table)}
 
 
 def groups_and_classes(model: Gan, classes: Tensor, groups: Tensor, n_classes: int) -> dict[str, float]:
-    """How far a Gaussian is a class, in percent (Sec. 5). classes, groups: (n,), of each sample.
+    """How far each Gaussian is one class (Sec. 5). classes, groups: (n,), of each sample.
 
-    Supervised: samples whose class is the one that their Gaussian stands for. Else: the share of its Gaussian's most
-    frequent class, how many classes are such, and the NMI of Gaussian and class.
+    Supervised: the percentage of samples of the class that their Gaussian stands for. Otherwise: the percentage of
+    samples of the most frequent class of their Gaussian, how many classes these are, and the NMI of Gaussian and class.
     """
     if model.supervised:
         of_class, of_group = model.output_of_class.cpu(), model.output_of_group.cpu()

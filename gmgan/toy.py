@@ -1,10 +1,10 @@
-"""The toy of Sec. 4.1, 5,000 points of nine Gaussians on {-1, 0, 1}² labelled by Gaussian, and how samples are judged.
+"""The toy of Sec. 4.1: 5,000 points of nine Gaussians on {-1, 0, 1}², labelled by Gaussian, and the scores of samples.
 
-`toy` has Σ = 0.1 I as printed. `toy_apart` takes 0.1 as a standard deviation, as with σ: its Gaussians hardly overlap.
+`toy` has Σ = 0.1 I as printed. `toy_apart` takes 0.1 as a standard deviation, so its Gaussians hardly overlap.
 
-The true density is known, so what Sec. 3.2 needs a classifier for is measured directly: quality as the negative
-log-likelihood of samples, diversity as their entropy, both in nats. Their difference is the Kullback-Leibler divergence
-of the samples from the truth.
+The true density is known, so no classifier is needed as in Sec. 3.2. Quality is the negative log-likelihood of samples
+and diversity is their entropy, both in nats. Their difference is the Kullback-Leibler divergence of the samples from
+the true distribution.
 """
 
 import functools
@@ -21,19 +21,19 @@ from gmgan.model import Gan
 
 MODES = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0])] * 2)  # μ_m, (9, 2)
 VARIANCE = {"toy": 0.1, "toy_apart": 0.1**2}  # Σ_m = 0.1 I, as printed, or (0.1 I)²
-POINTS = 5000  # training points; as many samples are judged
+POINTS = 5000  # training points, and samples that are judged
 MULTIPLIERS = tuple(round(0.1 * i, 1) for i in range(5, 21))  # the σ of Sec. 4.3: 0.5, 0.6 … 2.0
 SHOWN_MULTIPLIERS = (0.1, 0.5, 1.0, 2.0)  # of Fig. 4
 WINDOW = 20  # epochs of the running median by which convergence is judged
-CLOSE = 0.25  # nats: how near to where it ends the likelihood counts as converged
+CLOSE = 0.25  # nats; the likelihood has converged when it is so close to its last value
 EPOCHS_NOTED = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 400, 500)  # the points of Fig. 5's curve
 
 
 @functools.cache
 def dataset(name: str = "toy") -> Dataset:
-    """The points (5000, 2), float32, and the Gaussian (5000,) of each: one draw for all runs, whatever their seeds.
+    """The points (5000, 2), float32, and the Gaussian (5000,) of each. All runs share one draw. There is no test set.
 
-    There is no test set.
+    name: toy or toy_apart.
     """
     generator = run.generator(0, "toy")
     labels = torch.randint(len(MODES), (POINTS,), generator=generator)
@@ -47,7 +47,7 @@ def dataset(name: str = "toy") -> Dataset:
 
 
 def negative_log_likelihood(points: Tensor, name: str = "toy") -> float:
-    """-log p(x) under the true mixture of the toy `name`, mean over points (n, 2), nats."""
+    """-log p(x) under the true mixture of the toy `name`, the mean over points (n, 2), in nats."""
     variance = VARIANCE[name]
     log_p = -torch.cdist(points.double(), MODES.double()).square() / (2 * variance) - math.log(2 * math.pi * variance)
     return -(log_p.logsumexp(1) - math.log(len(MODES))).mean().item()
@@ -57,7 +57,7 @@ def entropy(points: Tensor) -> float:
     """Differential entropy of the distribution of points (n, 2), n ≥ 2, nats, by nearest neighbours.
 
     The estimate of Kozachenko and Leonenko, ψ(n) - ψ(1) + log π + 2 E log r, where r is the distance from a point to
-    the nearest other one, at least 1e-9 where points coincide.
+    the nearest other point (at least 1e-9, for points that coincide).
     """
     from scipy.spatial import KDTree
     from scipy.special import digamma
@@ -73,10 +73,10 @@ def nearest_modes(points: Tensor) -> Tensor:
 
 
 def main_modes(points: Tensor, groups: Tensor) -> tuple[float, int]:
-    """How far groups are modes. points: (n, 2), groups: (n,).
+    """How far each group is one mode. points: (n, 2), groups: (n,).
 
-    Returns the share in percent of all points that lie nearest to their group's main mode, and how many modes are some
-    group's main one.
+    The main mode of a group is the mode nearest to most of its points. Returns the percentage of points nearest to the
+    main mode of their group, and the number of modes that are the main mode of some group.
     """
     found = nearest_modes(points)
     counts = torch.stack([found[groups == k].bincount(minlength=len(MODES)) for k in groups.unique()])
@@ -84,15 +84,15 @@ def main_modes(points: Tensor, groups: Tensor) -> tuple[float, int]:
 
 
 def convergence(curve: list[float]) -> dict[str, float]:
-    """How fast the negative log-likelihood of samples gets to where it ends, by its running median over 20 epochs.
+    """How fast the negative log-likelihood of samples converges, by its running median over 20 epochs.
 
-    close_after: the epochs after which that median is first within 0.25 nats of its last value.
-    settled_after: those from which on it stays there.
-    mean_nll: the mean over all epochs, the area under Fig. 5's curve.
+    close_after: the epoch after which the median is first within 0.25 nats of its last value.
+    settled_after: the epoch from which on it stays there.
+    mean_nll: the mean over all epochs, the area under the curve of Fig. 5.
     """
     values = torch.tensor(curve, dtype=torch.float64)
     window = min(WINDOW, len(values))
-    medians = values.unfold(0, window, 1).median(1).values  # the first is known after `window` epochs
+    medians = values.unfold(0, window, 1).median(1).values  # the first one after `window` epochs
     away = (medians - medians[-1]).abs() > CLOSE
     settled = int(away.nonzero()[-1]) + 1 if away.any() else 0
     return {
@@ -106,19 +106,19 @@ def convergence(curve: list[float]) -> dict[str, float]:
 
 
 def samples(model: Gan, multiplier: float = 1.0, stream: str = "judged") -> tuple[Tensor, Tensor]:
-    """Samples (about 5,000, 2), equally many of each group, and their groups."""
+    """About 5,000 samples, (n, 2), the same number of each group, and the group (n,) of each."""
     groups = model.config.groups
     n = -(-POINTS // groups)
     return model.sample(n, multiplier, stream=("toy", stream)), torch.arange(groups).repeat_interleave(n)
 
 
 def course(model: Gan) -> dict[str, float]:
-    """What the log notes after each epoch, Fig. 5: the samples' negative log-likelihood."""
+    """What the log has after each epoch (Fig. 5): the negative log-likelihood of samples."""
     return {"nll": negative_log_likelihood(samples(model, stream="course")[0], model.config.dataset)}
 
 
 def scores(model: Gan, rows: list[dict]) -> dict[str, float]:
-    """The paper's four claims about the toy as numbers, and the curves of Figs. 4 and 5. rows: the log's, of epochs."""
+    """The four claims about the toy as numbers, and the curves of Figs. 4 and 5. rows: of the log, one per epoch."""
     data = dataset(model.config.dataset)
     made, groups = samples(model)
     nll, own = negative_log_likelihood(made, data.name), entropy(made)
@@ -130,7 +130,7 @@ def scores(model: Gan, rows: list[dict]) -> dict[str, float]:
         "divergence": nll - own,
         "purity": purity,  # claim 3: each Gaussian has a mode …
         "main_modes": float(modes),  # … and each mode a Gaussian: 9
-        "covered_modes": float((shares > 0.1 / len(MODES)).sum()),  # with a tenth of their fair share of the samples
+        "covered_modes": float((shares > 0.1 / len(MODES)).sum()),  # modes with at least a tenth of their fair share
         "data_nll": negative_log_likelihood(data.train_images, data.name),
         "data_entropy": entropy(data.train_images),
         "data_purity": main_modes(data.train_images, data.train_labels)[0],
@@ -138,7 +138,7 @@ def scores(model: Gan, rows: list[dict]) -> dict[str, float]:
     if model.supervised:
         right = model.output_of_class[nearest_modes(made)] == model.output_of_group[groups]
         found["samples_of_their_class"] = 100 * right.float().mean().item()
-    if rows:  # not of a run that was stopped in its first epoch
+    if rows:  # there are none if the run was stopped in its first epoch
         found |= convergence([row["nll"] for row in rows])  # claim 4: faster than the baselines
     found |= {f"nll_after_{row['epoch']}": row["nll"] for row in rows if row["epoch"] in EPOCHS_NOTED}
     for multiplier in MULTIPLIERS:
@@ -152,22 +152,22 @@ def scores(model: Gan, rows: list[dict]) -> dict[str, float]:
 
 
 def figures(model: Gan, folder: Path) -> None:
-    """Samples over the data in the colours of their Gaussians (Fig. 3), and at several σ (Fig. 4)."""
+    """Samples over the data, coloured by Gaussian (Fig. 3), and at several σ (Fig. 4)."""
     save_scatters({"": (model, *samples(model))}, folder / "samples.png")
     panels = {f"σ = {m:g}": (model, *samples(model, m)) for m in SHOWN_MULTIPLIERS}
     save_scatters(panels, folder / "sigma.png")
 
 
 def save_samples(model: Gan, path: Path) -> None:
-    """200 samples of each group over the data, always of the same noise: what training shows now and then."""
+    """200 samples of each group over the data, always from the same noise. Training saves it now and then."""
     groups = torch.arange(model.config.groups).repeat_interleave(200)
     save_scatters({"": (model, model.sample(200, stream=("samples",)), groups)}, path)
 
 
 def save_scatters(panels: dict[str, tuple[Gan, Tensor, Tensor]], path: Path, columns: int = 4) -> None:
-    """A panel for each named (model, samples (m, 2), groups (m,)): its data black, samples in their groups' colours.
+    """Draw a panel for each {title: (model, samples (m, 2), groups (m,))}: data in black, samples coloured by group.
 
-    What each colour stands for is below a panel, of up to 20 groups.
+    A legend below a panel names the colours, if there are at most 20 groups.
     """
     rows, columns = -(-len(panels) // columns), min(columns, len(panels))
     figure, all_axes = plots.subplots(rows, columns, figsize=(3.4 * columns, 4.1 * rows), squeeze=False)
@@ -185,13 +185,13 @@ def save_scatters(panels: dict[str, tuple[Gan, Tensor, Tensor]], path: Path, col
         if model.config.groups <= 20:
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3, "frameon": False}
             legend = axes.legend(**below, columnspacing=1, handletextpad=0.2)
-            for handle in legend.legend_handles:  # dots of the size of the points could not be seen
+            for handle in legend.legend_handles:  # larger dots than in the panel, to be seen
                 handle.set(sizes=[20], alpha=1)
     plots.save_figure(figure, path)
 
 
 def group_name(model: Gan, k: int) -> str:
-    """Of a legend: a Gaussian's number, or the mode that it stands for where D knows classes."""
+    """The name in a legend: the Gaussian's number; if D knows classes, the mode that it stands for."""
     names = dataset(model.config.dataset).class_names
     if model.supervised and model.config.groups >= len(names):
         return f"class {names[int(model.output_of_group[k])]}"

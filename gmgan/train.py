@@ -2,8 +2,8 @@
 
     python -m gmgan.train mnist --seed 0 --data data
 
-Run it again to resume; `--describe` prints what would be trained. The classical GAN is the same with one Gaussian
-N(0, I). AC-GAN (acgan.py) and the auto-encoder of AE + K-means (kmeans.py) bring their own step to the same loop.
+Run it again to resume; `--describe` prints what would be trained. The classical GAN is the case of one Gaussian
+N(0, I). AC-GAN (acgan.py) and the auto-encoder of AE + K-means (kmeans.py) use the same loop with their own step.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from gmgan import scores, toy
 from gmgan.model import GMGAN, Gan, as_input, correspondence
 
 Whole = Annotated[int, Range(0)]
-JUDGED = 5_000  # samples, by which `purity_every` judges
-SETS = {  # data set: shape, classes; None: the number is found in the folder
+JUDGED = 5_000  # samples for `purity_every`
+SETS = {  # data set: shape, classes (None: as many as the folder has)
     "toy": ((2,), 9),
     "toy_apart": ((2,), 9),
     "digits": ((1, 28, 28), 10),
@@ -40,18 +40,18 @@ SETS = {  # data set: shape, classes; None: the number is found in the folder
 
 @dataclass(frozen=True)
 class Task:
-    """The data, and how any system is stepped. configs/*.yaml say where each value comes from, and the ledger why."""
+    """The data and the optimiser, of all systems. configs/*.yaml give the source of each value, the ledger the reason."""
 
-    dataset: str = "mnist"  # one of SETS; signs:<path>, folder:<path>, folder_colour:<path>: images in class folders
-    n_classes: Count | None = None  # N, the first so many classes, in the order of their names; None: all
-    classes: str | None = None  # or these, by name: "a,b,c"
+    dataset: str = "mnist"  # one of SETS; signs:<path>, folder:<path> and folder_colour:<path> are class folders
+    n_classes: Count | None = None  # N: use the first N classes, in the order of their names; None: all
+    classes: str | None = None  # or use these classes: "a,b,c"
     latent_dim: Count = 100  # d
-    batch_real: Count = 64  # b_D, real points or images a step
-    learning_rate: Positive = 2.0e-4  # γ, Adam's, constant
-    beta1: Decay = 0.5  # Adam's; its second one is 0.999
-    epochs: Count = 54  # passes over the training set; an epoch has its size / b_D iterations
+    batch_real: Count = 64  # b_D, real points or images per step
+    learning_rate: Positive = 2.0e-4  # γ of Adam, constant
+    beta1: Decay = 0.5  # β1 of Adam; β2 is 0.999
+    epochs: Count = 54  # passes over the training set; an epoch has (its size) / b_D iterations
 
-    LEFT_TO_DATA = ("n_classes",)  # what a run fills in where the config has null
+    LEFT_TO_DATA = ("n_classes",)  # fields that the data fill in if the config has null
 
     def __post_init__(self):
         described(self.dataset, SETS)
@@ -65,25 +65,25 @@ class Task:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a point or an image."""
+        """The shape of a point or an image."""
         return described(self.dataset, SETS)[0]
 
     @property
     def class_count(self) -> int:
-        """N; 1 where it stands in a folder that was not read yet."""
+        """N; 1 if the folder that tells it has not been read yet."""
         named = len(self.classes.split(",")) if self.classes else None
         return self.n_classes or named or described(self.dataset, SETS)[1] or 1
 
 
 @dataclass(frozen=True)
 class GanConfig(Task):
-    """What the GANs share."""
+    """The fields that GM-GAN and AC-GAN share."""
 
-    batch_fake: Count = 128  # b_G, generated ones in a step of the generator
-    width: Count = 64  # channels next to the image, doubled by each layer further in; of the dense networks: units
-    norm: Literal["batch", "none"] = "batch"  # of the image networks: batch normalisation as in DCGAN
-    dense_units: Whole = 0  # of the image networks: a dense layer of so many units in G and in D; 0: none
-    purity_every: Whole = 0  # epochs between two looks at how far a Gaussian is a class, for the log; 0: none
+    batch_fake: Count = 128  # b_G, generated samples in a step of the generator
+    width: Count = 64  # channels next to the image, doubled by each layer further in; in dense networks, units
+    norm: Literal["batch", "none"] = "batch"  # image networks: batch normalisation as in DCGAN
+    dense_units: Whole = 0  # image networks: units of a dense layer in G and in D; 0: no such layer
+    purity_every: Whole = 0  # log the purity of each Gaussian after every so many epochs; 0: never
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,35 +93,35 @@ class GanConfig(Task):
 
 @dataclass(frozen=True)
 class Config(GanConfig):
-    n_components: Count | None = 10  # K, Gaussians; None: as many as classes
+    n_components: Count | None = 10  # K, the number of Gaussians; None: as many as classes
     mean_range: NonNegative = 0.1  # c: μ_k ~ U[-c, c]^d
-    sigma: Positive = 0.15  # σ: Σ_k = σ² I, or σ I, as the next line says
-    sigma_is: Literal["deviation", "variance"] = "deviation"  # what σ is of each Gaussian
+    sigma: Positive = 0.15  # σ: Σ_k = σ² I or σ I, see sigma_is
+    sigma_is: Literal["deviation", "variance"] = "deviation"  # whether σ is a Gaussian's deviation or variance
     mixture: Literal["static", "dynamic", "dynamic_diagonal"] = "static"  # dynamic: μ_k and A_k are trained
-    supervised: bool = False  # a discriminator with one output a class
+    supervised: bool = False  # the discriminator has one output per class
     class_map: str | None = None  # f(k) of each Gaussian as "0,1,2,…" (K ≥ N), or g of each class (K < N); None: modulo
-    cluster_samples: Count = 10_000  # M, of each Gaussian, from which Algorithm 2 learns
+    cluster_samples: Count = 10_000  # M, samples of each Gaussian from which Algorithm 2 learns
 
     def __post_init__(self):
         super().__post_init__()
         if self.class_map and not self.supervised:
             raise ValueError("--class-map: of no influence without --supervised true")
-        if self.supervised and self.class_count > 1:  # else N stands in a folder that was not read yet
+        if self.supervised and self.class_count > 1:  # otherwise N is not known yet
             correspondence(self.components, self.class_count, self.class_map)
 
     @property
     def components(self) -> int:
-        """K."""
+        """K, the number of Gaussians."""
         return self.n_components or self.class_count
 
     @property
     def groups(self) -> int:
-        """How many kinds of sample can be asked for: Gaussians."""
+        """How many groups samples come from: the Gaussians."""
         return self.components
 
     @property
     def deviation(self) -> float:
-        """The standard deviation of a Gaussian along each axis before training."""
+        """The standard deviation of each Gaussian along each axis at the start."""
         return self.sigma if self.sigma_is == "deviation" else math.sqrt(self.sigma)
 
     def build(self) -> nn.Module:
@@ -129,21 +129,21 @@ class Config(GanConfig):
 
 
 class Batch(NamedTuple):
-    """What a training step gets."""
+    """The input of a training step."""
 
     real: Tensor  # (b_D, …): points, or images in [-1, 1]
     labels: Tensor  # (b_D,)
-    noise: torch.Generator  # its own for each step, on the device
+    noise: torch.Generator  # another one for each step, on the device
 
 
-Optimizers = dict[str, torch.optim.Optimizer]  # of each player
+Optimizers = dict[str, torch.optim.Optimizer]  # {player: its optimiser}
 
 
 def train_step(model: GMGAN, optimizers: Optimizers, batch: Batch, precision: str = "fp32") -> dict[str, Tensor]:
     """One iteration of Algorithm 1, lines 5-27: a step of D, then one of G (and of a dynamic mixture).
 
-    Returns scalars on the device: the losses; real, fake: the mean probability that D's first output gives to the real
-    and to the generated ones; d_grad, g_grad: the norms of the gradients.
+    Returns scalars on the device: the losses; real, fake: the mean probability of D's first output on real and on
+    generated samples; d_grad, g_grad: the norms of the gradients.
     """
     autocast = torch.autocast(batch.real.device.type, torch.bfloat16, enabled=precision == "bf16")
     with autocast:
@@ -163,10 +163,10 @@ def train_step(model: GMGAN, optimizers: Optimizers, batch: Batch, precision: st
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """One step of the optimiser down `loss`, on its own parameters alone. Returns the gradient's norm, a scalar."""
+    """One step of the optimiser down `loss`, for its own parameters only. Returns the gradient norm, a scalar."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
-    loss.backward(inputs=parameters)  # the other player's gradients are not computed
+    loss.backward(inputs=parameters)  # no gradients of the other player
     optimizer.step()
     return nn.utils.get_total_norm([p.grad for p in parameters])
 
@@ -175,9 +175,9 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def load_data(config: Task, options: run.Options) -> tuple[Task, Dataset]:
-    """The data of a config, narrowed to its classes, and the config with N where only the data could tell.
+    """The data of a config, with its classes only, and the config, with N filled in from the data if it was null.
 
-    Raises UserError where a class is not there, there are fewer than two, or K, N and the map between them do not fit.
+    Raises UserError if a class is missing, if there are fewer than two, or if K, N and the map do not fit together.
     """
     name = config.dataset
     data = toy.dataset(name) if name in toy.VARIANCE else load(name, options.data, options.unofficial_data)
@@ -205,7 +205,7 @@ def load_data(config: Task, options: run.Options) -> tuple[Task, Dataset]:
 
 
 def narrowed(data: Dataset, kept: list[int]) -> Dataset:
-    """The data set with these classes alone, numbered in this order."""
+    """The data set with only these classes, numbered in this order."""
     number = torch.full((data.n_classes,), -1)
     number[kept] = torch.arange(len(kept))
     train, test = number[data.train_labels], number[data.test_labels]
@@ -216,13 +216,13 @@ def narrowed(data: Dataset, kept: list[int]) -> Dataset:
         test_images=data.test_images[test >= 0],
         test_labels=test[test >= 0],
         class_names=tuple(data.class_names[i] for i in kept),
-        # Its own digest, else two choices of classes would share a classifier.
+        # A digest of its own; otherwise two choices of classes would share a classifier.
         digest=hashlib.sha256(f"{data.digest} {kept}".encode()).hexdigest()[:16],
     )
 
 
 def train(config: Task, options: run.Options, step: Callable[..., dict[str, Tensor]] = train_step) -> Path:
-    """Train, or resume, one run; returns its folder. step: of the system that the config builds, as `train_step`."""
+    """Train or resume one run; returns its folder. step: the training step of the system that the config builds."""
     device = run.set_up(options)
     config, data = load_data(config, options)
     images, labels = data.train_images.to(device), data.train_labels.to(device)
@@ -234,7 +234,7 @@ def train(config: Task, options: run.Options, step: Callable[..., dict[str, Tens
     replayed = graph.replayed(
         lambda batch: step(model, optimizers, batch, options.precision), optimizers.values(), options.graph
     )
-    steps = len(images) // config.batch_real  # the few left over come in with another epoch's order
+    steps = len(images) // config.batch_real  # an epoch leaves out the last few of its random order
     with run.Run("gmgan", config, options, data.provenance(), device) as r:
         r.resume(model, optimizers, steps)
         while r.epoch < config.epochs:
@@ -251,10 +251,10 @@ def train(config: Task, options: run.Options, step: Callable[..., dict[str, Tens
 
 
 def course(model: nn.Module, data: Dataset, epoch: int, options: run.Options) -> dict[str, float]:
-    """What the log notes after an epoch beside the losses. Of the toy: the likelihood of samples (Fig. 5).
+    """What the log has after an epoch besides the losses. For the toy: the likelihood of samples (Fig. 5).
 
-    Of images, after every `purity_every` epochs: how far a Gaussian is a class, of 5,000 samples as the data set's own
-    classifier sees them, which is trained when it is first asked.
+    For images, after every `purity_every` epochs: how far each Gaussian is one class, on 5,000 samples, judged by the
+    data set's classifier. The classifier is trained when it is first needed.
     """
     if data.name in toy.VARIANCE:
         return toy.course(model)
@@ -266,7 +266,7 @@ def course(model: nn.Module, data: Dataset, epoch: int, options: run.Options) ->
 
 
 def save_samples(model: Gan, path: Path) -> None:
-    """Samples as a PNG, always of the same noise: the toy's over the data, images in one row a group."""
+    """Save samples as a PNG, always from the same noise: the toy's over its data, images with one row per group."""
     if model.config.dataset in toy.VARIANCE:
         toy.save_samples(model, path)
     else:
