@@ -3,7 +3,7 @@
     python -m gan_responsibility.eval mnist --seed 0 --data data
 
 Writes eval.json and figures/ into the run's folder. A small classifier, trained on the labels, judges the samples of
-each Gaussian. Table 6's scores need the Inception weights; without them they are left out. Figure 4 compares the
+each Gaussian. Table 6's scores need the Inception weights and are left out without them. Figure 4 compares the
 evaluated runs under --runs that have these scores.
 """
 
@@ -21,8 +21,8 @@ from gan_responsibility.scores import JUDGE, SAMPLES, Scorer, clustering, mode_w
 from gan_responsibility.train import prepared, read
 
 JUDGED = 500  # samples of each Gaussian that the classifier judges
-STEPS = 9  # images from one Gaussian to another, Fig. 2; along a side of the triangle, Fig. 3
-COURSE = {  # the log's columns, as the training figure names them
+STEPS = 9  # images on the way from one Gaussian to another in Fig. 2, and along a side of the triangle in Fig. 3
+COURSE = {  # a column of the log: its title in training.png
     "d_loss": "loss of D, nats",
     "g_loss": "loss of G, nats",
     "information": "cross-entropy of C, eq. (4), nats",
@@ -34,7 +34,7 @@ COURSE = {  # the log's columns, as the training figure names them
     "inception_score": "Inception Score",
     "fid": "FID",
 }
-SYSTEMS = {  # of Table 6 and Figure 4
+SYSTEMS = {  # name in Figure 4: experiment
     "encoder shared": "flowers10",
     "classifier apart": "flowers10-standalone",
     "GM-GAN": "flowers10-gm-gan",
@@ -64,21 +64,21 @@ def evaluate(options: run.Options) -> dict:
     say("figures")
     figures(model, state, folder / "figures")
     if scorer:
-        path = options.runs / "gan_responsibility" / "figures" / "figure-4.png"  # of several runs
+        path = options.runs / "gan_responsibility" / "figures" / "figure-4.png"  # it compares several runs
         figure_4(metrics_of_runs(options.runs), path)
     return result
 
 
 def say(what: str) -> None:
-    """What is computed now, for who waits."""
+    """Print what is being computed."""
     print(f"{what} …", flush=True)
 
 
 def what_c_learned(model: Responsibility, data: Dataset) -> dict[str, float]:
-    """The claims of Sec. 1, measured. Does argmax p(k|x) give the classes, do the mean responsibilities their weights?
+    """The claims of Sec. 1: argmax p(k|x) gives the classes, and the mean of p(k|x) gives their weights.
 
-    On the test images: ACC, NMI, and how much α says (`model.shares`). On the training images: ACC and NMI (_train),
-    and, where K is the number of classes, the weights of the modes beside the frequencies of the classes.
+    On the test images: ACC, NMI and `model.shares` of α. On the training images: ACC and NMI (_train) and, if K is the
+    number of classes, the weights of the modes against the frequencies of the classes.
     """
     say(f"p(k|x) of {len(data.test_images):,} test images")
     alpha = model.responsibilities(data.test_images)
@@ -96,11 +96,11 @@ def what_c_learned(model: Responsibility, data: Dataset) -> dict[str, float]:
 def what_gaussians_generate(
     model: MixtureGAN, data: Dataset, options: run.Options, seed: int, device: torch.device
 ) -> tuple[dict[str, float], str]:
-    """The claim of Sec. 3.2, that each Gaussian is allocated a class, measured on samples; and the judge's name.
+    """The claim of Sec. 3.2, that each Gaussian is allocated one class, measured on samples; and the judge's digest.
 
-    The judge is a classifier trained on the labels of the whole data set; of the toy, the nearest class. `purity` of
-    JUDGED samples of each Gaussian; judge_accuracy, of the judge on the test images; and samples_recognised, the share
-    of the samples of which C says the Gaussian that they came from.
+    The judge is a classifier trained on the labels of the whole data set; for the toy, it is the nearest class. Scores:
+    `purity` of JUDGED samples of each Gaussian; judge_accuracy on the test images; samples_recognised, the share of
+    samples for which C names the Gaussian that they came from.
     """
     say(f"{JUDGED} samples of each Gaussian")
     k = model.config.components
@@ -119,7 +119,7 @@ def what_gaussians_generate(
 
 
 def table_6(model: MixtureGAN, data: Dataset, scorer: Scorer, rows: list[dict], seed: int) -> dict[str, float]:
-    """Inception Score and FID of the last epoch, and the best of those in the log's rows, which the table prints."""
+    """Inception Score and FID of the last epoch, and the best ones in the log's rows, which the table prints."""
     found = scorer.scores(model.sample_mixture(SAMPLES, model.mode_weights(data.train_images), seed))
     rows = [row for row in rows if "fid" in row]
     if rows:
@@ -138,7 +138,7 @@ def table_6(model: MixtureGAN, data: Dataset, scorer: Scorer, rows: list[dict], 
 
 
 def figures(model: MixtureGAN, state: dict, folder: Path) -> None:
-    """The course of training; samples of each Gaussian and the way from one to the next (Fig. 2), three (Fig. 3)."""
+    """The course of training; samples from one Gaussian to the next (Fig. 2) and between three of them (Fig. 3)."""
     k, seed = model.config.components, state["identity"]["seed"]
 
     def save(name: str, weights: Tensor, columns: int, title: str, labels: list[str], same_noise: bool = False) -> None:
@@ -162,15 +162,15 @@ def figures(model: MixtureGAN, state: dict, folder: Path) -> None:
 
 
 def from_one_to_the_next(k: int) -> Tensor:
-    """Weights (K · STEPS, K) from each Gaussian, by equal steps, to the next, and from the last to the first."""
+    """Weights (K · STEPS, K): equal steps from each Gaussian to the next, and from the last to the first."""
     own, t = torch.eye(k), torch.linspace(0, 1, STEPS)[:, None]
     return torch.cat([(1 - t) * own[i] + t * own[(i + 1) % k] for i in range(k)])
 
 
 def triangle(k: int) -> Tensor:
-    """Weights (STEPS², K) on a square grid: Gaussian 1's grows to the right, 2's downwards, and 0 has the rest.
+    """Weights (STEPS², K) on a square grid: that of Gaussian 1 grows to the right, that of 2 downwards; 0 has the rest.
 
-    Beyond the diagonal nothing is left for 0, and the two share all of it.
+    Beyond the diagonal nothing is left for 0, and the weights of 1 and 2 are scaled to a sum of 1.
     """
     side = torch.linspace(0, 1, STEPS)
     down, right = torch.meshgrid(side, side, indexing="ij")
@@ -182,12 +182,12 @@ def triangle(k: int) -> Tensor:
 
 
 def metrics_of_runs(runs: Path) -> dict[str, list[dict[str, float]]]:
-    """The metrics of the evaluated runs under `runs` of Figure 4's experiments, one dict for each seed."""
+    """{experiment of Figure 4: the metrics of each evaluated seed under `runs`}."""
     return {
         experiment: [
             json.loads(path.read_text(encoding="utf-8"))["metrics"]
             for path in sorted((runs / "gan_responsibility" / experiment).glob("seed*/eval.json"))
-            if path.parent.name[4:].isdigit()  # not of a run with other flags
+            if path.parent.name[4:].isdigit()  # no runs with changed fields
         ]
         for experiment in SYSTEMS.values()
     }
@@ -196,7 +196,7 @@ def metrics_of_runs(runs: Path) -> dict[str, list[dict[str, float]]]:
 def figure_4(found: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Inception Score and FID of the four systems during training, with standard errors over seeds.
 
-    found: metrics by experiment, as `metrics_of_runs` gives them. Runs without the best scores are left out.
+    found: as `metrics_of_runs` returns it. Runs without these scores are left out.
     """
     panels = {}
     for title, score, best in (("Inception Score", "inception_score", max), ("FID", "fid", min)):
@@ -212,7 +212,7 @@ def figure_4(found: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    shown = ("_of_", "_after_")  # too many to read on a screen
+    shown = ("_of_", "_after_")  # too many to print
     run.evaluate_from("gan_responsibility", evaluate, argv, shown=lambda name: not any(part in name for part in shown))
 
 

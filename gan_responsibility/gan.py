@@ -2,7 +2,7 @@
 
     python -m gan_responsibility.gan flowers10-gm-gan --seed 0 --data data
 
-Each real image has one fake. GM-GAN: z = A_k ε + μ_k with k uniform, μ and A trained with G. Vanilla: z ~ N(0, I).
+There is one fake per real image. GM-GAN: z = A_k ε + μ_k, k uniform, μ and A trained with G. Vanilla: z ~ N(0, I).
 """
 
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from gan_responsibility.model import Mixture, MixtureGAN, initialise, to_float32
 
 
 class StandardNormal(nn.Module):
-    """N(0, I), the vanilla GAN's prior. It has no Gaussians to blend."""
+    """N(0, I), the prior of the vanilla GAN. It has no Gaussians to blend."""
 
     def blend(self, noise: Tensor, weights: Tensor) -> Tensor:
         return noise
 
 
 class GAN(MixtureGAN):
-    """G and D, and for GM-GAN the mixture. config: a `Config`. Weights come from torch's global generator."""
+    """G, D and, for GM-GAN, the mixture. config: a `Config`. The initial weights come from torch's global generator."""
 
     def __init__(self, config: "Config"):
         mixture = Mixture(config.components, config.latent_dim, config.mean_range, config.deviation)
@@ -33,19 +33,19 @@ class GAN(MixtureGAN):
         initialise(self)
 
     def losses(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """What D and what G, μ and A minimise of eq. (2). D's logits real (B, 1), fake (B, 1); scalars, nats."""
+        """The losses of eq. (2): D's; and that of G, μ and A. real, fake: D's logits (B, 1). Scalars, nats."""
         d_loss = F.softplus(-real).mean() + F.softplus(fake).mean()
         return d_loss, -F.softplus(fake).mean() if self.config.saturating else F.softplus(-fake).mean()
 
     def mode_weights(self, images: Tensor) -> Tensor:
-        """The weight of each Gaussian (K,): the same for all, whatever the images."""
+        """The weight of each Gaussian, (K,): 1/K, whatever the images."""
         return torch.full((self.config.components,), 1 / self.config.components)
 
 
 @dataclass(frozen=True)
 class Config(train.Task):
-    prior: Literal["normal", "mixture"] = "mixture"  # z ~ N(0, I), or GM-GAN's
-    saturating: bool = False  # G minimises log(1 - D), else -log D
+    prior: Literal["normal", "mixture"] = "mixture"  # z ~ N(0, I), or from GM-GAN's mixture
+    saturating: bool = False  # G minimises log(1 - D); otherwise -log D
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,7 +59,7 @@ class Config(train.Task):
 def train_step(
     model: GAN, optimizers: dict[str, torch.optim.Optimizer], batch: train.Batch, precision: str = "fp32"
 ) -> dict[str, Tensor]:
-    """Both gradients of eq. (2), on as many fakes as real images, then both steps. Returns losses, on the device."""
+    """Both gradients of eq. (2), with as many fakes as real images, then both steps. Returns scalars on the device."""
     config, n, device = model.config, len(batch.real), batch.real.device
     components = torch.randint(config.components, (n,), generator=batch.noise, device=device)
     noise = batch.real.new_empty(n, config.latent_dim).normal_(generator=batch.noise)

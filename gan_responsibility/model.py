@@ -1,8 +1,8 @@
 """GAN-based GMM responsibility learning: the networks of Tables 1 to 3, the mixture and the losses of Sec. 2.
 
 Tables 2 and 3 have two readings (ledger 1). `as_printed`: the layers of the tables. `count_matched`: the layers that
-give Table 6's numbers of parameters to the digit. These have no biases and a flat batch normalisation in G; in D they
-have 5×5 kernels, a third convolution and no batch normalisation. The toy's points have small dense networks.
+give exactly Table 6's numbers of parameters. There G has no biases and a flat batch normalisation; D has 5×5 kernels, a
+third convolution and no batch normalisation. For the points of the toy the networks are small and dense.
 """
 
 import math
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from common import run
 
-SLOPE = 0.3  # of LeakyReLU: the default of TensorFlow, whose tutorial networks these are
-WIDTH = 64  # of the toy's dense layers
+SLOPE = 0.3  # of LeakyReLU, TensorFlow's default: the networks are those of its tutorial
+WIDTH = 64  # units of the toy's dense layers
 
 
 # ---------------------------------------------------------------------------------------------------- prior, networks
@@ -30,7 +30,7 @@ class Mixture(nn.Module):
         self.means = nn.Parameter(torch.empty(n_components, latent_dim).uniform_(-mean_range, mean_range))
         self.scales = nn.Parameter(deviation * torch.eye(latent_dim).repeat(n_components, 1, 1))
 
-    def extra_repr(self) -> str:  # for --describe
+    def extra_repr(self) -> str:  # --describe prints it
         return f"means {tuple(self.means.shape)}, scales {tuple(self.scales.shape)}"
 
     def forward(self, noise: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Mixture(nn.Module):
         return torch.einsum("kij,bkj->bki", self.scales, noise) + self.means
 
     def blend(self, noise: Tensor, weights: Tensor) -> Tensor:
-        """Σ_k w_k (A_k ε + μ_k), between Gaussians (Sec. 3.2): noise (B, D_z), weights (B, K), sum 1 -> (B, D_z)."""
+        """Σ_k w_k (A_k ε + μ_k), between Gaussians (Sec. 3.2): noise (B, D_z), weights (B, K) of sum 1 -> (B, D_z)."""
         return torch.einsum("bk,bki->bi", weights, self(noise[:, None].expand(-1, len(self.means), -1)))
 
 
@@ -50,7 +50,7 @@ def dense(n_inputs: int) -> list[nn.Module]:
 def generator(shape: tuple[int, ...], latent_dim: int) -> nn.Sequential:
     """Table 2: latent vectors (B, D_z) -> images (B, C, H, W) in [-1, 1]. Both readings have no biases.
 
-    Of the toy: -> points (B, 2) in [-1, 1]².
+    For the toy: -> points (B, 2) in [-1, 1]².
     """
     if len(shape) == 1:
         return nn.Sequential(*dense(latent_dim), nn.Linear(WIDTH, shape[0]), nn.Tanh())
@@ -87,7 +87,7 @@ def encoder(shape: tuple[int, ...], reading: str) -> nn.Sequential:
 
 
 def n_features(shape: tuple[int, ...]) -> int:
-    """How many numbers the encoding network gives for an image, or for a point."""
+    """The number of features that the encoding network gives for an image or a point."""
     return WIDTH if len(shape) == 1 else 128 * (shape[1] // 4) * (shape[2] // 4)
 
 
@@ -115,7 +115,7 @@ def standalone_classifier(shape: tuple[int, ...], n_components: int) -> nn.Seque
 
 
 def initialise(network: nn.Module) -> None:
-    """Glorot uniform and zero biases, TensorFlow's defaults, as in the tutorial whose networks these are."""
+    """Glorot uniform weights and zero biases, TensorFlow's defaults and so those of its tutorial."""
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.xavier_uniform_(module.weight)
@@ -127,19 +127,20 @@ def initialise(network: nn.Module) -> None:
 
 
 def weighted(alpha: Tensor, values: Tensor) -> Tensor:
-    """E_x (1/K Σ_k α_k v_k), the mean over images in eqs. (3) and (4). Responsibilities α and values v (M, K)."""
+    """E_x (1/K Σ_k α_k v_k), the mean over images in eqs. (3) and (4). α and v are (M, K)."""
     return (alpha * values).sum() / alpha.shape[1] / alpha.shape[0]
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
-    """-E_x (1/K Σ_k α_k (log D(x) + log(1 - D(x̂_k)))), eq. (3), which D maximises. Logits (M,), (M, K); nats."""
+    """-E_x (1/K Σ_k α_k (log D(x) + log(1 - D(x̂_k)))): D maximises eq. (3). real, fake: logits (M,), (M, K); nats."""
     return weighted(alpha, F.softplus(-real)[:, None] + F.softplus(fake))
 
 
 def generator_loss(fake: Tensor, alpha: Tensor, saturating: bool) -> Tensor:
     """E_x (1/K Σ_k α_k log(1 - D(x̂_k))) of eq. (3), or with -log D(x̂_k): for G, μ, A and, through α, for C.
 
-    The term of the real images is the same for every α, whose rows have sum 1. Logits fake (M, K); a scalar, nats.
+    The term of the real images is left out: it is the same for every α, since the rows of α have sum 1.
+    fake: logits (M, K). A scalar, nats.
     """
     return weighted(alpha, -F.softplus(fake) if saturating else F.softplus(-fake))
 
@@ -147,7 +148,7 @@ def generator_loss(fake: Tensor, alpha: Tensor, saturating: bool) -> Tensor:
 def information_loss(logits: Tensor, alpha: Tensor, target: str) -> Tensor:
     """-L^I of eq. (4) without H(c), for which see `class_entropy`: E_x (1/K Σ_k α_k CE(target, C(x̂_k))).
 
-    logits: (M, K, K), C's for each fake.  target: "alpha", the α of the real image, the same for every k (as printed),
+    logits: (M, K, K), of C for each fake.  target: "alpha", the α of the real image, the same for every k (as printed),
     or "component", the Gaussian k that the fake came from. A scalar, nats.
     """
     log_p = logits.log_softmax(-1)  # (M, K, K)
@@ -157,12 +158,12 @@ def information_loss(logits: Tensor, alpha: Tensor, target: str) -> Tensor:
 
 
 def class_entropy(alpha: Tensor, of: str) -> Tensor:
-    """The share of H(c) in eq. (4), 1/K Σ_k α_k H = H / K, to be maximised through α (M, K). A scalar, nats.
+    """The term H(c) of eq. (4), 1/K Σ_k α_k H = H / K, to be maximised through α (M, K). A scalar, nats.
 
-    of: "batch", c ~ the mean of α over the M images; or "image", c ~ α of each image, then the mean over the images.
+    of: "batch", H of the mean of α over the M images; or "image", the mean over the images of H of each α.
     """
     p = alpha.mean(0, keepdim=True) if of == "batch" else alpha
-    log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()  # at p = 0 the gradient must be a number
+    log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()  # so that the gradient at p = 0 is finite
     return -(p * log_p).sum(-1).mean() / alpha.shape[1]
 
 
@@ -175,12 +176,12 @@ def entropy_share(alpha: Tensor) -> Tensor:
 
 
 def information_share(alpha: Tensor) -> Tensor:
-    """I(k; x) by α (M, K): the entropy of the mean row less the mean entropy, as a share of log K. 0: all rows same."""
+    """I(k; x) by α (M, K): entropy of the mean row minus mean entropy, as a share of log K. 0: all rows agree."""
     return entropy_share(alpha.mean(0, keepdim=True)) - entropy_share(alpha)
 
 
 def shares(alpha: Tensor) -> dict[str, Tensor]:
-    """The log's account of α (M, K): `entropy_share`, `information_share`, and the largest of the K means of α."""
+    """What the log says about α (M, K): `entropy_share`, `information_share` and the largest entry of the mean row."""
     information, largest = information_share(alpha), alpha.mean(0).max()
     return {"alpha_entropy": entropy_share(alpha), "alpha_information": information, "largest_weight": largest}
 
@@ -189,7 +190,7 @@ def shares(alpha: Tensor) -> dict[str, Tensor]:
 
 
 def as_input(images: Tensor) -> Tensor:
-    """uint8 images 0 … 255 brought to [-1, 1], the range of G's tanh; floats must lie there. Raises ValueError."""
+    """uint8 images 0 … 255 scaled to [-1, 1], the range of G's tanh. Raises ValueError for floats outside of it."""
     if images.dtype == torch.uint8:
         return images.float() / 127.5 - 1
     low, high = images.min().item(), images.max().item()
@@ -204,13 +205,13 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """bfloat16 as float32, for no loss is taken in bfloat16; other types as they are."""
+    """bfloat16 as float32, because no loss is computed in bfloat16; other types as they are."""
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Batch normalisation by its running means, and no gradients; afterwards the mode that was."""
+    """Evaluation mode (batch normalisation by its running statistics) without gradients; then the mode from before."""
     training = model.training
     model.eval()
     try:
@@ -221,9 +222,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class MixtureGAN(nn.Module):
-    """G, D and the prior of z: the part that the proposed system and its two baselines share (Sec. 3.3).
+    """G, D and the prior of z: what the proposed system and its two baselines share (Sec. 3.3).
 
-    config: a `train.Task`.  prior: a network with a method `blend`, as `Mixture` has. Subclasses call `initialise`.
+    config: a `train.Task`.  prior: a network with a method `blend` as in `Mixture`. Subclasses call `initialise`.
     """
 
     def __init__(self, config, prior: nn.Module):
@@ -244,12 +245,12 @@ class MixtureGAN(nn.Module):
     def decode(self, noise: Tensor, weights: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] from ε (B, D_z) and weights of the Gaussians (B, K).
 
-        A one-hot row of weights is a Gaussian, another row with sum 1 a place between them (Sec. 3.2).
+        A one-hot row of weights is one Gaussian; any other row of sum 1 is a place between them (Sec. 3.2).
         """
         return self.generator(self.mixture.blend(noise, weights))
 
     def sample(self, weights: Tensor, seed: int = 0, same_noise: bool = False, batch: int = 200) -> Tensor:
-        """Images (N, C, H, W) in [-1, 1] on the CPU, as `decode` has them. same_noise: one ε for all (Sec. 3.2)."""
+        """Images (N, C, H, W) in [-1, 1] on the CPU; weights as for `decode`. same_noise: one ε for all (Sec. 3.2)."""
         n, device = len(weights), self.discriminator.weight.device
         drawn = torch.randn(1 if same_noise else n, self.config.latent_dim, generator=run.generator(seed, "sample"))
         pairs = zip(drawn.expand(n, -1).split(batch), weights.split(batch), strict=True)
@@ -257,7 +258,7 @@ class MixtureGAN(nn.Module):
             return torch.cat([self.decode(noise.to(device), w.to(device)).cpu() for noise, w in pairs])
 
     def sample_mixture(self, n: int, mode_weights: Tensor, seed: int = 0) -> Tensor:
-        """n uint8 images (n, C, H, W) of the whole mixture, whose weights are mode_weights (K,). Ledger 10."""
+        """n uint8 images (n, C, H, W) of the whole mixture with weights mode_weights (K,). Ledger 10."""
         k = torch.multinomial(mode_weights, n, replacement=True, generator=run.generator(seed, "component"))
         return to_uint8(self.sample(torch.eye(len(mode_weights))[k], seed))
 
@@ -273,10 +274,10 @@ class MixtureGAN(nn.Module):
 
 
 class Responsibility(MixtureGAN):
-    """The proposed system: G, D, the mixture, and C, which gives p(k|x) (Sec. 2).
+    """The proposed system (Sec. 2): G, D, the mixture, and the classifier C, which gives p(k|x).
 
     C is a layer on D's features (`shared`) or a network that takes images (`standalone`), Table 1.
-    config: a `train.Config`. Weights come from torch's global generator.
+    config: a `train.Config`. The initial weights come from torch's global generator.
     """
 
     def __init__(self, config):
@@ -287,7 +288,7 @@ class Responsibility(MixtureGAN):
         initialise(self)
 
     def players(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters that each optimiser moves (ledger 2). A shared encoder is D's part (ledger 22)."""
+        """The parameters that each optimiser moves (ledger 2). A shared encoder belongs to D (ledger 22)."""
         return super().players() | {"classifier": [*self.classifier.parameters()]}
 
     def forward_d_and_c(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,10 +298,10 @@ class Responsibility(MixtureGAN):
         return to_float32(self.discriminator(h)).squeeze(1), to_float32(logits)
 
     def losses(self, real: Tensor, fake: Tensor, logits: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What D minimises, eq. (3); what G, μ, A and, through α, C minimise of it; and -L^I, eq. (4). Scalars, nats.
+        """Three losses: D's, eq. (3); that of G, μ, A and, through α, C; and -L^I, eq. (4). Scalars, nats.
 
         real, fake: D's logits (M,), (M, K).  logits: C's for the fakes (M, K, K).  alpha: (M, K), of the real images.
-        Where a switch keeps a loss from C, α is fixed in it; D always sees a fixed α.
+        α is detached in D's loss, and in any loss that a switch keeps from C.
         """
         config, fixed = self.config, alpha.detach()
         d_loss = discriminator_loss(real, fake, fixed)
@@ -315,7 +316,7 @@ class Responsibility(MixtureGAN):
     def responsibilities(self, images: Tensor, batch: int = 500) -> Tensor:
         """p(k|x), (N, K), float32 on the CPU, of images (N, C, H, W): uint8, or floats in [-1, 1]; else ValueError.
 
-        Of the toy: of points (N, 2) in [-1, 1]². Batch normalisation is by its running means.
+        For the toy, of points (N, 2) in [-1, 1]². Batch normalisation uses its running statistics.
         """
         device = self.discriminator.weight.device
 
@@ -326,12 +327,12 @@ class Responsibility(MixtureGAN):
             return torch.cat([of_batch(as_input(part.to(device))) for part in images.split(batch)])
 
     def mode_weights(self, images: Tensor) -> Tensor:
-        """The weight of each Gaussian (K,), sum 1: the mean of p(k|x) over images (N, C, H, W). Ledger 10."""
+        """The weight of each Gaussian, (K,) of sum 1: the mean of p(k|x) over images (N, C, H, W). Ledger 10."""
         return self.responsibilities(images).double().mean(0).float()
 
     @property
     def parameter_count_as_counted(self) -> int:
-        """The number of parameters, as Table 6 counts them: the stand-alone classifier with the shared one's head."""
+        """The number of parameters as Table 6 counts them: the stand-alone classifier with the shared one's head."""
         if self.shared:
             return self.parameter_count
         k, own_head = self.config.components, self.classifier[-1]

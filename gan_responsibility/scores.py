@@ -1,4 +1,4 @@
-"""What is measured while training and after it: clusters by p(k|x), the weights of the modes, Table 6's scores.
+"""The scores, during training and after it: clusters by p(k|x), the weights of the modes, Table 6.
 
 Table 6 has the Inception Score and FID of 5,000 samples of Oxford-102. They need the Inception weights.
 """
@@ -19,7 +19,7 @@ JUDGE = f"Inception 2015-12-05, {inception.SHA256_PREFIX}"
 
 
 def clustering(alpha: Tensor, labels: Tensor, n_classes: int) -> dict[str, float]:
-    """NMI and (where K = n_classes) ACC of argmax p(k|x). alpha: p(k|x), (N, K).  labels: (N,)."""
+    """NMI and (if K = n_classes) ACC of argmax p(k|x). alpha: p(k|x), (N, K).  labels: (N,)."""
     table = contingency(alpha.argmax(1), labels, alpha.shape[1], n_classes)
     found = {"nmi": normalised_mutual_information(table)}
     return found | {"accuracy": clustering_accuracy(table)} if alpha.shape[1] == n_classes else found
@@ -28,9 +28,9 @@ def clustering(alpha: Tensor, labels: Tensor, n_classes: int) -> dict[str, float
 def mode_weights_against_classes(alpha: Tensor, labels: Tensor) -> dict[str, float]:
     """The weights of the modes and the frequencies of the classes, paired as ACC pairs them (Sec. 1).
 
-    alpha: p(k|x), (N, K).  labels: (N,), of K classes. weight_error is half the sum of the differences (0: the weights
-    are right), of the mean of p(k|x); of argmax p(k|x) (_hard); and of 1/K for every mode (_uniform), which is right
-    where the classes are equal.
+    alpha: p(k|x), (N, K).  labels: (N,), of K classes. weight_error is half the sum of the absolute differences (0: the
+    weights are right). The weights are the mean of p(k|x); the shares of argmax p(k|x) (_hard); or 1/K for every mode
+    (_uniform), which is right if all classes are equally frequent.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -47,11 +47,11 @@ def mode_weights_against_classes(alpha: Tensor, labels: Tensor) -> dict[str, flo
 
 
 def purity(gaussians: Tensor, classes: Tensor, k: int, n_classes: int) -> dict[str, float]:
-    """Is each Gaussian one class (Sec. 3.2)? Of samples (n,): their Gaussians, equally many of each; their classes.
+    """Is each Gaussian one class (Sec. 3.2)? gaussians, classes: (n,), of samples, the same number of each Gaussian.
 
-    sample_purity: the mean over the Gaussians of the share of samples that are of the Gaussian's main class.
-    sample_classes: how many classes are some Gaussian's main one. sample_accuracy, where K = n_classes: the share of
-    samples in the class that is paired with their Gaussian, one to one. sample_purity_of_k: of one Gaussian.
+    sample_purity: the share of samples that belong to the main class of their Gaussian, the mean over Gaussians.
+    sample_purity_of_k: of one Gaussian. sample_classes: how many classes are the main class of some Gaussian.
+    sample_accuracy, if K = n_classes: the share of samples in the class that is paired with their Gaussian.
     """
     table = contingency(gaussians, classes, k, n_classes)
     of_each, main = (table / table.sum(1, keepdim=True)).max(1)
@@ -78,13 +78,13 @@ class Scorer:
 
     network: nn.Module
     real: tuple[Tensor, Tensor]  # mean and covariance over the training images
-    everything: Tensor  # all images of the ten classes, of the three official splits, each once
-    of_everything: tuple[Tensor, Tensor]  # mean and covariance
+    everything: Tensor  # all images of the ten classes in the three official splits, each once
+    of_everything: tuple[Tensor, Tensor]  # mean and covariance over these
 
     @classmethod
     def find(cls, data: Dataset, options: run.Options, device: torch.device) -> "Scorer | None":
-        """The scorer of Oxford-102, the only data set that the paper scores. None for others; None, with a line that
-        says why, where the Inception weights are missing."""
+        """The scorer of Oxford-102, the only data set that the paper scores; None for others. None as well, with a
+        printed reason, if the Inception weights are missing."""
         if not data.name.startswith("flowers10"):
             return None
         path, reason = inception.find_weights(options.inception)
@@ -100,7 +100,7 @@ class Scorer:
         return cls(network, moments_of(data), whole.train_images, moments_of(whole))
 
     def scores(self, samples: Tensor) -> dict[str, float]:
-        """inception_score, the mean over 10 parts, and fid and fid_all, of uint8 images (n, C, H, W)."""
+        """inception_score (the mean over 10 parts), fid and fid_all of samples: uint8 (n, C, H, W)."""
         features, logits = inception.outputs(self.network, samples)
         score, deviation = inception_score(logits)
         of_samples = moments(features)
@@ -112,13 +112,13 @@ class Scorer:
         }
 
     def of_real_images(self, data: Dataset, seed: int) -> dict[str, float]:
-        """The FID that so few images have among themselves.
+        """The FID between real images, which is far from 0 because there are so few.
 
-        fid_halves: between two random halves of all.  fid_real: between training and test images.
+        fid_halves: between two random halves of all images.  fid_real: between training and test images.
         """
         features = inception.features(self.network, self.everything)
         order = torch.randperm(len(features), generator=run.generator(seed, "halves"))
         found = {"fid_halves": frechet_distance(*(moments(half) for half in features[order].tensor_split(2)))}
-        if data.name == "flowers10":  # the test images of flowers10_all are training images
+        if data.name == "flowers10":  # the test images of flowers10_all are training images too
             found["fid_real"] = frechet_distance(self.real, moments(inception.features(self.network, data.test_images)))
         return found

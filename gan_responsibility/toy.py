@@ -1,7 +1,7 @@
-"""A toy: points of three Gaussians in the plane with weights 0.5, 0.3 and 0.2, which show at a glance what C learned.
+"""A toy: points of three Gaussians in the plane with weights 0.5, 0.3 and 0.2. It shows at a glance what C learned.
 
-The paper has no toy. This one trains in a minute with the same class and loop. Its truth is known: the classes are far
-apart, so a right p(k|x) has an NMI of 1, and its mean over the points gives the three weights.
+The paper has no toy. This one uses the same system and loop and trains in a minute. The truth is known: the classes are
+far apart, so a correct p(k|x) has an NMI of 1, and its mean over the points gives the three weights.
 """
 
 import functools
@@ -18,15 +18,15 @@ from gan_responsibility.model import Responsibility
 COUNTS = (1600, 960, 640)  # training points of each class: weights 0.5, 0.3, 0.2 exactly
 ANGLES = torch.tensor([90.0, 210.0, 330.0]).deg2rad()
 MEANS = 0.6 * torch.stack([ANGLES.cos(), ANGLES.sin()], 1)  # (3, 2)
-DEVIATION = 0.08  # of each class, in both directions: no point lies beyond 1, where a tanh ends
+DEVIATION = 0.08  # of each class, in both directions; all points lie within tanh's range
 TEST_POINTS = 1000
 SHOWN = 300  # samples of each Gaussian in the figure
 
 
 @functools.cache
 def dataset() -> Dataset:
-    """The points (3200, 2), float32 in [-1, 1]², and the class of each; test points of the same weights. One draw for
-    all runs, whatever their seeds."""
+    """The points (3200, 2), float32 in [-1, 1]², and the class of each; test points with the same weights. All runs
+    share one draw."""
     generator, parts = run.generator(0, "toy"), []
     for counts in (COUNTS, [TEST_POINTS * n // sum(COUNTS) for n in COUNTS]):
         labels = torch.repeat_interleave(torch.arange(len(COUNTS)), torch.tensor(counts))
@@ -41,9 +41,9 @@ def nearest_class(points: Tensor) -> Tensor:
 
 
 def save_samples(model: Responsibility, path: Path, seed: int, title: str = "") -> None:
-    """Left: what each Gaussian generates, over the data. Right: p(k|x) over the plane, in the colours of the Gaussians.
+    """Left: samples of each Gaussian over the data. Right: p(k|x) over the plane, in the colours of the Gaussians.
 
-    A place has the mean of the three colours, weighted by p(k|x): grey-brown where p(k|x) says nothing.
+    A point has the mean of the three colours, weighted by p(k|x): grey-brown where p(k|x) is uniform.
     """
     from matplotlib.colors import to_rgb
 

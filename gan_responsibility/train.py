@@ -2,8 +2,8 @@
 
     python -m gan_responsibility.train mnist --seed 0 --data data
 
-Run it again to resume; `--describe` prints what would be trained. The two baselines (gan.py) are trained by the same
-loop. Each value's source stands in configs/*.yaml, each choice in the README's ledger.
+Run it again to resume; `--describe` prints what would be trained. The two baselines (gan.py) use the same loop.
+configs/*.yaml give the source of each value, the README's ledger explains each choice.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from gan_responsibility import toy
 from gan_responsibility.model import MixtureGAN, Responsibility, as_input, shares
 from gan_responsibility.scores import SAMPLES, Scorer, clustering
 
-SETS = {  # data set: image shape, classes; None: the number is found in the folder
+SETS = {  # data set: image shape, classes (None: as many as the folder has)
     "toy": ((2,), 3),
     "digits": ((1, 28, 28), 10),
     "mnist": ((1, 28, 28), 10),
@@ -37,23 +37,23 @@ SETS = {  # data set: image shape, classes; None: the number is found in the fol
 
 @dataclass(frozen=True)
 class Task:
-    """What the proposed system and the baselines have in common."""
+    """The fields that the proposed system and the baselines share."""
 
     dataset: str = "mnist"  # one of SETS; folder:<path> and folder_colour:<path> are your own images
     networks: Literal["count_matched", "as_printed"] = "count_matched"  # the reading of Table 3
-    n_components: Annotated[int, Range(2)] | None = 10  # K; None: as many as the data have classes
+    n_components: Annotated[int, Range(2)] | None = 10  # K, Gaussians; None: as many as classes
     latent_dim: Count = 100  # D_z
-    mean_range: NonNegative = 0.1  # μ_k ~ U[-this, this]^D_z at first
-    deviation: Positive = 0.15  # A_k = this · I at first
-    batch: Annotated[int, Range(2)] = 64  # M, real images a step; an epoch's last batch may be smaller
-    learning_rate: Positive = 2.0e-4  # γ, Adam's, constant
-    beta1: Decay = 0.5  # Adam's; its second one is 0.999
+    mean_range: NonNegative = 0.1  # initial μ_k ~ U[-this, this]^D_z
+    deviation: Positive = 0.15  # initial A_k = this · I
+    batch: Annotated[int, Range(2)] = 64  # M, real images per step; the last batch of an epoch may be smaller
+    learning_rate: Positive = 2.0e-4  # γ of Adam, constant
+    beta1: Decay = 0.5  # β1 of Adam; β2 is 0.999
     epochs: Count = 200  # passes over the training set
-    validation: Annotated[int, Range(0)] = 0  # training images held out, which the scores see in place of the test set
-    thinned: bool = False  # class c keeps all, half or a quarter of its images, as c mod 3 is 0, 1 or 2
-    score_every: Count = 10  # epochs between Inception Scores and FIDs, where the Inception weights are at hand
+    validation: Annotated[int, Range(0)] = 0  # training images held out; scores use them instead of the test set
+    thinned: bool = False  # class c keeps all, half or a quarter of its images if c mod 3 is 0, 1 or 2
+    score_every: Count = 10  # epochs between two Inception Scores and FIDs, if the weights are there
 
-    LEFT_TO_DATA = ("n_components",)  # what a run fills in where the config has null
+    LEFT_TO_DATA = ("n_components",)  # fields that the data fill in if the config has null
 
     def __post_init__(self):
         described(self.dataset, SETS)
@@ -64,23 +64,23 @@ class Task:
 
     @property
     def components(self) -> int:
-        """K; 2 where it is left to a folder that was not read yet."""
+        """K; 2 if the folder that tells it has not been read yet."""
         return self.n_components or described(self.dataset, SETS)[1] or 2
 
 
 @dataclass(frozen=True)
 class Config(Task):
-    """The proposed system's."""
+    """The fields of the proposed system."""
 
     classifier: Literal["shared", "standalone"] = "shared"  # C: a layer on D's features, or a network of its own
-    saturating: bool = False  # G minimises log(1 - D), else -log D
-    target: Literal["alpha", "component"] = "alpha"  # of eq. (4): the real image's α for every k, or k itself
-    information_moves: Literal["classifier", "all"] = "classifier"  # Algorithm 1, line 13; or G, μ, A too, Sec. 2.4
+    saturating: bool = False  # G minimises log(1 - D); otherwise -log D
+    target: Literal["alpha", "component"] = "alpha"  # in eq. (4): the real image's α for every k, or k itself
+    information_moves: Literal["classifier", "all"] = "classifier"  # Algorithm 1, line 13; all: G, μ, A too, Sec. 2.4
     adversarial_moves_classifier: bool = True  # through α, Algorithm 1, line 12
-    alpha_in_information: Literal["fixed", "trained"] = "fixed"  # whether eq. (4)'s cross-entropy moves α as well
+    alpha_in_information: Literal["fixed", "trained"] = "fixed"  # trained: the cross-entropy of eq. (4) moves α too
     class_entropy: Literal["left_out", "batch", "image"] = "left_out"  # H(c) of eq. (4): of a batch's mean α, or each α
-    classifier_learning_rate: Positive | None = None  # γ of C's Adam; None: the others'
-    classifier_moves_encoder: bool = False  # whether C's losses move a shared encoder too, which is D's
+    classifier_learning_rate: Positive | None = None  # γ of C's Adam; None: as the others
+    classifier_moves_encoder: bool = False  # whether C's losses also move a shared encoder, which belongs to D
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,7 +95,7 @@ class Batch(NamedTuple):
     """The input of a training step."""
 
     real: Tensor  # (M, C, H, W) in [-1, 1]
-    noise: torch.Generator  # of this step alone, on the device
+    noise: torch.Generator  # another one for each step, on the device
 
 
 # --------------------------------------------------------------------------------------------------------- Algorithm 1
@@ -106,7 +106,7 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One iteration of Algorithm 1, for all M images at once. All gradients are taken before any step (ledger 5).
 
-    Returns, on the device, the losses, how much α says (`model.shares`) and the norm of each player's gradient.
+    Returns scalars on the device: the losses, `model.shares` of α, and the norm of each player's gradient.
     """
     m, k = len(batch.real), model.config.components
     # Without autocast's cache, D's and C's gradients on real images and on fakes are summed in fp32, not in bf16.
@@ -127,10 +127,10 @@ def train_step(
     of_generator = g_loss + information if model.config.information_moves == "all" else g_loss
     of_generator.backward(inputs=players["generator"], retain_graph=True)  # line 12: G, μ and A through the fakes
     of_classifier, by_classifier = g_loss + information, players["classifier"]
-    if model.config.classifier_moves_encoder:  # by C's losses alone: D's verdicts on the fakes are fixed in them
+    if model.config.classifier_moves_encoder:  # by C's losses only: they take D's verdicts on the fakes as fixed
         verdicts = on_fakes.detach().view(m, k)
         of_classifier = model.losses(on_real, verdicts, logits_of_fakes.view(m, k, k), alpha)[1] + information
-        by_classifier = [*by_classifier, *model.encoder.parameters()]  # beside the gradient of D's loss, line 11
+        by_classifier = [*by_classifier, *model.encoder.parameters()]  # added to the gradient of D's loss, line 11
     of_classifier.backward(inputs=by_classifier)  # lines 12 and 13: C through α, and by eq. (4)
     for optimizer in optimizers.values():
         optimizer.step()
@@ -148,7 +148,7 @@ def gradient_norms(players: dict[str, list[nn.Parameter]]) -> dict[str, Tensor]:
 
 
 def train(config: Task, options: run.Options, step: Callable = train_step) -> Path:
-    """Train, or resume, one run; returns its folder. step: `train_step`, or the baselines'."""
+    """Train or resume one run; returns its folder. step: `train_step`, here or in gan.py."""
     device = run.set_up(options)
     whole = read(config, options)
     data = prepared(whole, config)
@@ -188,7 +188,7 @@ def train(config: Task, options: run.Options, step: Callable = train_step) -> Pa
 
 
 def save_samples(model: MixtureGAN, path: Path, seed: int, epoch: int) -> None:
-    """Samples as a PNG: ten images of each Gaussian in a row; the toy's over the data."""
+    """Save samples as a PNG: ten images of each Gaussian in a row; for the toy, points over the data."""
     if model.config.dataset == "toy":
         toy.save_samples(model, path, seed, f"after {epoch} epochs")
     else:
@@ -197,14 +197,14 @@ def save_samples(model: MixtureGAN, path: Path, seed: int, epoch: int) -> None:
 
 
 def read(config: Task, options: run.Options) -> Dataset:
-    """The data set as it is on disk; the toy is drawn."""
+    """The data set as it is on disk. The toy is generated."""
     return toy.dataset() if config.dataset == "toy" else load(config.dataset, options.data, options.unofficial_data)
 
 
 def prepared(data: Dataset, config: Task) -> Dataset:
-    """The data as the config asks for them: classes thinned, validation images in place of the test images.
+    """The data as the config asks for: thinned classes, validation images instead of the test images.
 
-    The draws are the same for every seed. Raises UserError where too few images are left.
+    The draws are the same for every seed. Raises UserError if too few images are left.
     """
     if config.thinned:
         train, test = thinned(data.train_labels), thinned(data.test_labels)
@@ -228,16 +228,16 @@ def prepared(data: Dataset, config: Task) -> Dataset:
 
 
 def thinned(labels: Tensor) -> Tensor:
-    """Which images stay, ascending: of class c all, half or a quarter, as c mod 3 is 0, 1 or 2. labels: (N,)."""
+    """Indices of the images to keep, ascending: all, half or a quarter of class c for c mod 3 = 0, 1 or 2."""
     order = torch.randperm(len(labels), generator=run.generator(0, "thinned"))
     members = [order[labels[order] == c] for c in range(int(labels.max()) + 1)]
     return torch.cat([found[: -(-len(found) // 2 ** (c % 3))] for c, found in enumerate(members)]).sort().values
 
 
 def scores_of_epoch(model: MixtureGAN, data: Dataset, scorer: Scorer | None, seed: int) -> dict[str, float]:
-    """What the log has of an epoch beside the losses: of a system with C, what p(k|x) of the test images says.
+    """What the log has after an epoch besides the losses. With a C: how well p(k|x) fits the classes of test images.
 
-    scorer: gives Table 6's scores; None in epochs without them.
+    scorer: computes Table 6's scores; None in epochs without them.
     """
     found = {}
     if isinstance(model, Responsibility):
@@ -250,16 +250,16 @@ def scores_of_epoch(model: MixtureGAN, data: Dataset, scorer: Scorer | None, see
 
 
 def say_if_collapsed(rows: list[dict[str, float]]) -> None:
-    """Print a line after an epoch in which α said nothing, unless it was so before. rows: of the log."""
+    """Print a line if α has become uninformative in this epoch. rows: of the log."""
     last, before = collapse(rows[-1]), collapse(rows[-2]) if len(rows) > 1 else ""
     if last and not before:
         print(f"epoch {rows[-1]['epoch']}: α says nothing of the {last}", flush=True)
 
 
 def collapse(row: dict[str, float]) -> str:
-    """Of which images α said nothing, and how: one Gaussian had it all, or it was the same for every image; else "".
+    """The images on which α is uninformative, and how: one Gaussian has all of it, or every image has the same; or "".
 
-    The log's row has α of the training batches and, at the end of the epoch, of the test images.
+    row: of the log. It has α of the training batches and, at the end of the epoch, of the test images.
     """
     for prefix, images in (("", "training"), ("test_", "test")):
         weight, information = row.get(f"{prefix}largest_weight", 0.0), row.get(f"{prefix}alpha_information", 1.0)

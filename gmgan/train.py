@@ -40,7 +40,7 @@ SETS = {  # data set: shape, classes (None: as many as the folder has)
 
 @dataclass(frozen=True)
 class Task:
-    """The data and the optimiser, of all systems. configs/*.yaml give the source of each value, the ledger the reason."""
+    """The data and the optimiser of any system. configs/*.yaml give the source of a value, the ledger the reason."""
 
     dataset: str = "mnist"  # one of SETS; signs:<path>, folder:<path> and folder_colour:<path> are class folders
     n_classes: Count | None = None  # N: use the first N classes, in the order of their names; None: all
