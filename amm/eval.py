@@ -20,7 +20,7 @@ from common.metrics import contingency, error_rate
 
 STEPS = 9  # images from one test image to another
 EMBEDDED = 2_000  # test images of the t-SNE projection
-COURSE = {  # the log's columns, as the training figure names them; errors are of validation images or test images
+COURSE = {  # a column of the log: its title in training.png; errors are on validation images, else on test images
     "test_error": "test error by eq. (19), %",
     "validation_error": "validation error by eq. (19), %",
     "validation_error_g_y": "validation error by G_y, %",
@@ -85,12 +85,12 @@ def evaluate(options: run.Options) -> dict:
 def predictions(model: AMM, inferred: Inferred, labels: Tensor, n_classes: int) -> dict[str, float]:
     """Tables 1 and 2, in percent, by both predictions: eq. (19), and (_g_y) the argmax of G_y.
 
-    AMM: errors by eq. (17), where each cluster counts for its most frequent class, and (_one_to_one) with each class
-    given to one cluster at most. SAMM: component k is class k.
-    Then what the paper says in words.  agreement: how often the two predictions agree.  And of the clusters by G_y:
-    purity, least_purity and purity_of_k, the share of a cluster's largest class; noise_clusters; empty_clusters;
-    fewest_clusters, in how many clusters a class is the largest, at least.
-    Without labels (n_classes 1) there are agreement and empty_clusters alone.
+    AMM: errors by eq. (17), where each cluster stands for its most frequent class, and (_one_to_one) where each class
+    has at most one cluster. SAMM: component k is class k.
+    Then the paper's claims in words. agreement: how often the two predictions agree. Of the clusters by G_y: purity,
+    least_purity and purity_of_k, the share of a cluster's largest class; noise_clusters; empty_clusters;
+    fewest_clusters, the smallest number, over classes, of clusters in which the class is the largest.
+    Without labels (n_classes 1) there are only agreement and empty_clusters.
     """
     k, found = model.config.n_components, {}
     both = {"": model.by_bayes(inferred.z), "_g_y": inferred.h.argmax(1)}
@@ -119,8 +119,8 @@ def predictions(model: AMM, inferred: Inferred, labels: Tensor, n_classes: int) 
 def codes_in_other_modes(model: AMM, images: Tensor, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
     """h_y (N, K) and z (N, D) of uint8 images under other readings of test time (ledger 11).
 
-    batch_statistics: batch normalisation by each batch, as large as in training.  sampled: z with its noise, and ỹ, a
-    softmax, in the place of h_y.
+    batch_statistics: batch normalisation by the statistics of batches of the training size.  sampled: z with its
+    noise, and ỹ (a softmax) in place of h_y.
     """
     encoder = copy.deepcopy(model.encoder)
     for module in encoder.modules():
@@ -169,7 +169,7 @@ def figures(model: AMM, data: Dataset, folder: Path, seed: int) -> None:
 
     for name, predicted, title in (("g_y", by_g_y, "argmax of G_y"), ("bayes", by_bayes, "eq. (19)")):
         table = contingency(predicted, labels, k, data.n_classes)
-        if data.n_classes > 1:  # as above the paper's matrices
+        if data.n_classes > 1:  # the titles of the paper's matrices give it
             title += f": ACC {1 - error(model, predicted, labels, data.n_classes) / 100:.4f}"
         save_counts(table, folder / f"matrix_{name}.png", f"Test images by {title}", "component", "class")
 
@@ -198,11 +198,11 @@ def figures(model: AMM, data: Dataset, folder: Path, seed: int) -> None:
 
 
 def embedded(z: Tensor) -> Tensor:
-    """t-SNE (n, 2) of codes (n, D), its settings pinned. Of codes that are all the same, (0, 0) each."""
+    """t-SNE (n, 2) of codes (n, D) with fixed settings. If all codes are the same, every point is (0, 0)."""
     from sklearn.manifold import TSNE
 
     if (z == z[0]).all():
-        return torch.zeros(len(z), 2)  # the initial map, divided by its deviation, would not be finite
+        return torch.zeros(len(z), 2)  # t-SNE divides the initial map by its deviation, 0
     settings = {"learning_rate": "auto", "max_iter": 1000, "random_state": 0}
     settings["init"] = "pca" if z.shape[1] > 1 else "random"
     tsne = TSNE(2, perplexity=min(30.0, (len(z) - 1) / 3), **settings)
@@ -210,7 +210,7 @@ def embedded(z: Tensor) -> Tensor:
 
 
 def save_counts(counts: Tensor, path: Path, title: str, rows: str, columns: str) -> None:
-    """A matrix of counts (K, N), coloured by each count's share of its row. rows, columns: what they are."""
+    """Draw a matrix of counts (K, N), coloured by each count's share of its row. rows, columns: the axes' names."""
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     k, n = counts.shape
     figure, axes = plots.subplots(figsize=(0.42 * n + 1.4, 0.3 * k + 1.2))
@@ -224,7 +224,7 @@ def save_counts(counts: Tensor, path: Path, title: str, rows: str, columns: str)
 
 
 def save_points(points: Tensor, groups: Tensor, path: Path, title: str) -> None:
-    """Points (n, 2) in the colours of their groups (n,), numbers 0, 1, …, with a legend."""
+    """Draw points (n, 2) in the colours of their groups (n,), which are numbers 0, 1, …, with a legend."""
     figure, axes = plots.subplots(figsize=(5, 4.4))
     drawn = axes.scatter(*points.T.numpy(), s=4, c=groups.numpy(), cmap="tab10", linewidths=0)
     axes.legend(*drawn.legend_elements(num=None), loc="center left", bbox_to_anchor=(1, 0.5))

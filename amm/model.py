@@ -1,7 +1,7 @@
 """AMM and SAMM: the networks of Tables 3 to 10, layer by layer, and the samples and losses of Algorithms 1 and 2.
 
-Categories y are (B, K), codes z are (B, D); the 1×1 layers see them as maps of one pixel. Every layer has a bias.
-Dropout acts on a layer's input.
+Categories y are (B, K), codes z are (B, D); 1×1 layers take them as maps of one pixel. Every layer has a bias. Dropout
+acts on a layer's input.
 """
 
 import copy
@@ -19,7 +19,7 @@ from common import run
 LEAK = 0.2
 Layer = tuple[int, int, int, float]  # channels out, width, stride, dropout on the input: the columns of the tables
 
-# Tables 3, 5, 6 and 9. Both streams of a row have the same numbers. Behind each: the sides of the maps, input first.
+# Tables 3, 5, 6 and 9. Both streams of a row have the same layer. The comments give the sides of the maps, input first.
 MNIST_ENCODER: list[Layer] = [  # 28: 27 13 6 4 1
     (32, 2, 1, 0.2), (32, 3, 2, 0.2), (64, 3, 2, 0.2), (64, 3, 1, 0.2), (128, 4, 1, 0.2),
 ]  # fmt: skip
@@ -29,11 +29,11 @@ MNIST_DECODER: list[Layer] = [  # 1: 1 4 6 13 27 28
 MNIST_IMAGES: list[Layer] = [  # 28: 27 13 6 4 1
     (32, 2, 1, 0.0), (32, 3, 2, 0.2), (64, 3, 2, 0.2), (64, 3, 1, 0.2), (128, 4, 1, 0.2),
 ]  # fmt: skip
-# Table 9 prints its last row as 4 channels, width 2, stride 1, which ends at 16×16: the columns have slipped by one.
+# Table 9 prints 4 channels, width 2, stride 1 in its last row, which would end at 16×16: its columns are shifted.
 SVHN_DECODER: list[Layer] = [  # 1: 1 4 6 13 15 32
     (512, 1, 1, 0.0), (256, 4, 1, 0.0), (256, 3, 1, 0.0), (128, 3, 2, 0.0), (128, 3, 1, 0.0), (3, 4, 2, 0.0),
 ]  # fmt: skip
-# Tables 7 and 10, the image layers: channels, width, padding, pooling, dropout (in D alone).
+# Tables 7 and 10, the image layers: channels, width, padding, pooling, dropout (only in D).
 SVHN_IMAGES = [
     (96, 3, 1, 1, 0.0), (96, 3, 1, 1, 0.0), (96, 3, 1, 2, 0.0),
     (192, 3, 1, 1, 0.1), (192, 3, 1, 1, 0.0), (192, 3, 1, 2, 0.0), (384, 3, 0, 1, 0.1),
@@ -41,13 +41,13 @@ SVHN_IMAGES = [
 
 
 class InputDropout(nn.Module):
-    """nn.Dropout with cheaper masks: 16 random bits an entry, taken from 64-bit draws.
+    """nn.Dropout with cheaper masks: 16 random bits per entry, taken from 64-bit draws.
 
-    p is met to 2⁻¹⁶. In bf16 the factor 1 / (1 - p) is rounded to bf16: 1.25 exactly, or 1.109 for 1.111.
+    p is exact to 2⁻¹⁶. In bf16 the factor 1 / (1 - p) is rounded to bf16: 1.25 is exact, 1.111 becomes 1.109.
     """
 
-    # A training step of `mnist` (100 images, one CPU thread) takes 450 ms with it and 577 ms with nn.Dropout in fp32,
-    # 309 and 454 ms in bf16 (NOTES.md).
+    # A training step of `mnist` (100 images, one CPU thread) takes 450 ms, with nn.Dropout 577 ms, in fp32; in bf16 309
+    # and 454 ms (NOTES.md).
 
     def __init__(self, p: float):
         super().__init__()
@@ -60,11 +60,11 @@ class InputDropout(nn.Module):
         if not self.training or not self.p:
             return x
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        # In the layout of x: a product of two layouts takes several times as long.
+        # In the memory layout of x: the product of two layouts takes several times as long.
         strides = torch.empty_like(x, device="meta").stride()
         bits = draws.view(torch.int16)[: x.numel()].as_strided(x.shape, strides)
         edge = round(self.p * 2**16) - 2**15
-        kept = bits.clamp(edge - 1, edge).sub_(edge - 1)  # 1 where bits >= edge, else 0; a comparison is 8 times slower
+        kept = bits.clamp(edge - 1, edge).sub_(edge - 1)  # 1 if bits >= edge, else 0; 8 times as fast as a comparison
         return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
 
 
@@ -79,7 +79,7 @@ def as_map(code: Tensor) -> Tensor:
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """bf16 as float32: samples, softmaxes and losses are never taken in bf16."""
+    """bf16 as float32: samples, softmaxes and losses are never computed in bf16."""
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
@@ -92,7 +92,7 @@ def as_input(images: Tensor) -> Tensor:
 
 
 class Coupled(nn.Module):
-    """One row of both streams: the receiver's Leak(BN(y + z)) and the other's Leak(BN(own)). Tables 3 and 7.
+    """One row of both streams, Tables 3 and 7: Leak(BN(y + z)) in the receiving stream, Leak(BN(own)) in the other.
 
     In the tables y receives z, which is the factorisation q(z|x) q(y|x, z), eq. (7). Under eq. (6) z receives y.
     """
@@ -105,13 +105,13 @@ class Coupled(nn.Module):
         self.y_norm, self.z_norm = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
         self.receiver, self.leak = receiver, nn.LeakyReLU(LEAK)
         self.pool = nn.AvgPool2d(pool) if pool > 1 else nn.Identity()
-        # SAMM under eq. (6): the known label takes the place of the y stream.
+        # SAMM under eq. (6): the known label replaces the y stream.
         self.label = nn.Linear(n_components, channels) if labelled and receiver == "z" else None
 
     def forward(self, y: Tensor | None, z: Tensor, label: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         """Maps (B, C, H, W) of both streams.
 
-        With a known label there is no G_y: its stream is not run, and its batch normalisation sees nothing.
+        With a known label there is no G_y: its stream is not run, and its batch normalisation is not updated.
         """
         if label is not None:
             z = self.z(self.dropout(z))
@@ -154,7 +154,7 @@ class Encoder(nn.Module):
     ) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor]]:
         """Means and log-variances of h_y, (B, K), and of z, (B, D). x: (B, C, H, W) in [0, 1].
 
-        label: (B, K), one-hot, where y is known: then None stands in the place of h_y's.
+        label: (B, K), one-hot, if y is known; then the pair of h_y is None.
         Without noise the log-variance of h_y is -inf.
         """
         y = z = self.shared(x)
@@ -168,7 +168,7 @@ class Encoder(nn.Module):
 
 
 def svhn_images(channels: int, norm: bool) -> nn.Sequential:
-    """Tables 7 and 10, x_1 to x_7: 32-32-32-16-16-16-8-6, as in the networks that the dagger in Table 2 points to."""
+    """Tables 7 and 10, x_1 to x_7: sides 32-32-32-16-16-16-8-6, as in the networks that Table 2's dagger refers to."""
     layers: list[nn.Module] = []
     for out, width, padding, pool, p in SVHN_IMAGES:
         layers += [InputDropout(p)] if p and not norm else []
@@ -236,9 +236,9 @@ class Decoder(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D(x, y, z): Table 6 (28×28) or Table 10 (32×32, where p_0 must take x_9 for x_5 and the last row is missing).
+    """D(x, y, z): Table 6 (28×28) or Table 10 (32×32; there p_0 must take x_9, not x_5, and the last row is missing).
 
-    dropout: as the tables print it, or none.
+    dropout: as printed in the tables; False: none.
     """
 
     def __init__(self, shape: tuple[int, int, int], n_components: int, latent_dim: int, dropout: bool = True):
@@ -288,7 +288,7 @@ Joint = tuple[Tensor, Tensor, Tensor]  # x, y and z of M samples, each (M, …)
 
 
 def squared_slopes(d: Callable[..., Tensor], points: Sequence[Tensor], create_graph: bool = False) -> Tensor:
-    """Squared norms (3, M) of the gradient of d(x, y, z), (M,), in x, in y and in z at these points, each (M, …)."""
+    """Squared norms (3, M) of the gradients of d(x, y, z), (M,), in x, in y and in z. points: x, y, z, each (M, …)."""
     points = [point.detach().requires_grad_() for point in points]
     gradients = torch.autograd.grad(d(*points).sum(), points, create_graph=create_graph)
     return torch.stack([to_float32(g).flatten(1).square().sum(1) for g in gradients])
@@ -301,18 +301,18 @@ def gradient_penalty(
     t: Tensor,
     norm: Literal["joint", "each", "probability"] = "joint",
 ) -> Tensor:
-    """Eq. (18) without λ: mean (‖∇ D‖₂ - 1)², at points t of the way from `first` to `second`.
+    """Eq. (18) without λ: the mean of (‖∇ D‖₂ - 1)² at the points (1 - t) first + t second.
 
     first, second: without gradients.  t: (M,), uniform on [0, 1].  norm: "joint", one norm of the gradient of D's logit
     in (x, y, z); "each", the sum of a penalty for x, one for y and one for z; "probability", as joint, of σ(logit).
-    Returns a scalar through which the parameters of D have gradients.
+    Returns a scalar with gradients for the parameters of D.
     """
     points = [a + t.view(-1, *[1] * (a.dim() - 1)) * (b - a) for a, b in zip(first, second, strict=True)]
     d = (lambda *joint: discriminator(*joint).sigmoid()) if norm == "probability" else discriminator
     squares = squared_slopes(d, points, create_graph=True)
     if norm != "each":
         squares = squares.sum(0, keepdim=True)
-    return ((squares + 1e-12).sqrt() - 1).square().sum(0).mean()  # the root has no gradient at 0
+    return ((squares + 1e-12).sqrt() - 1).square().sum(0).mean()  # the root has no finite gradient at 0
 
 
 def log_component_density(z: Tensor, means: Tensor, log_variances: Tensor) -> Tensor:
@@ -337,7 +337,7 @@ class Game(NamedTuple):
 
 
 class Inferred(NamedTuple):
-    """What the encoder says of N images, in evaluation mode: the Gaussians of h_y, (N, K), and of z, (N, D)."""
+    """The encoder's Gaussians of h_y, (N, K), and of z, (N, D), for N images in evaluation mode."""
 
     h: Tensor  # means
     h_log_variance: Tensor
@@ -363,9 +363,9 @@ class AMM(nn.Module):
         self.discriminator = Discriminator(shape, k, d, config.discriminator_dropout == "printed")
         for network in self.children():
             initialise(network)
-        # p(y), (K,): uniform; SAMM's comes from the labels, so it is saved with the weights.
+        # p(y), (K,): uniform. In SAMM it comes from the labels, so it is saved with the weights.
         self.register_buffer("priors", torch.full((k,), 1 / k), persistent=config.semi_supervised)
-        self.averaged: AMM | None = None  # the same system with averaged weights, see `average`; saved with the weights
+        self.averaged: AMM | None = None  # a copy with averaged weights, see `average`; saved with the weights
         if config.averaged_weights:
             self.averaged = copy.deepcopy(self).requires_grad_(False)
 
@@ -388,8 +388,8 @@ class AMM(nn.Module):
 
         x: (M, C, H, W) in [0, 1].  labels: (M,), the known classes; None where y is inferred.
         Algorithm 1 is printed for eq. (6): ỹ ~ q(y|x), then z̃ ~ q(z|x, ỹ). Under eq. (7) these two lines swap:
-        z̃ ~ q(z|x), then ỹ ~ q(y|x, z̃). Either way the streams are joined before anything is drawn, so the order of the
-        two draws does not matter. Algorithm 2's z̃_ℓ ~ q(z|x, ỹ_ℓ) becomes q(z|x) under eq. (7) (ledger 2).
+        z̃ ~ q(z|x), then ỹ ~ q(y|x, z̃). In both cases the streams are joined before anything is drawn, so the order of
+        the two draws has no effect. Algorithm 2's z̃_ℓ ~ q(z|x, ỹ_ℓ) becomes q(z|x) under eq. (7) (ledger 2).
         """
         k = self.config.n_components
         y = F.one_hot(torch.multinomial(self.priors, len(x), replacement=True), k).to(x.dtype)  # y ~ p(y)
@@ -401,14 +401,14 @@ class AMM(nn.Module):
         return Game((x, inferred_y, sampled(*code)), (generated, y, z))  # z̃, eq. (10)
 
     def drawn_y(self, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """ỹ, (M, K), eqs. (8) and (9): the softmax of one draw of h_y, or the mean of T = config.y_samples of them."""
+        """ỹ, (M, K), eqs. (8) and (9): the softmax of one draw of h_y, or the mean over T = config.y_samples draws."""
         t = self.config.y_samples
         return sampled(*(part.expand(t, *part.shape) for part in (mean, log_variance))).softmax(-1).mean(0)
 
     def predictions(self, games: list[Game]) -> list[tuple[Tensor, Tensor]]:
         """ρ_q and ρ_p of each game, as logits (M,): D of the inferred and of the generated joint.
 
-        One pass for all of them, because D normalises nothing over a batch.
+        D has no batch normalisation, so one pass takes all of them.
         """
         joints = [joint for game in games for joint in game]
         rho = self.discriminator(*(torch.cat(parts) for parts in zip(*joints, strict=True))).chunk(len(joints))
@@ -442,9 +442,9 @@ class AMM(nn.Module):
 
     @torch.no_grad()
     def average(self, step: int) -> None:
-        """Take the weights after training step `step` (1, 2, …) into `averaged`, and the running statistics as well.
+        """Update `averaged` with the weights and running statistics after training step `step` (1, 2, …).
 
-        The mean over the first config.averaged_weights steps; from there on an exponential moving average.
+        It is the mean over the first config.averaged_weights steps, and then an exponential moving average.
         """
         mine, theirs = self.state_dict(), self.averaged.state_dict()
         names = [name for name, value in theirs.items() if value.is_floating_point()]
@@ -453,11 +453,11 @@ class AMM(nn.Module):
 
     # --------------------------------------------------------------------------------------------------- inference
 
-    # Without noise and dropout, and with batch normalisation by its running means (ledger 11). Results are on the CPU.
+    # Without noise and dropout; batch normalisation uses its running statistics (ledger 11). Results are on the CPU.
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode inside the block; afterwards the mode that was set before."""
+        """Evaluation mode inside the block; afterwards the mode from before."""
         training = self.training
         self.eval()
         try:
@@ -481,7 +481,7 @@ class AMM(nn.Module):
         return inferred.h.softmax(1), inferred.z
 
     def classify(self, images: Tensor, by: Literal["bayes", "g_y"] = "bayes") -> Tensor:
-        """The component (N,) of each image, which SAMM's classes are: ŷ_z of eq. (19), or the argmax of G_y.
+        """The component (N,) of each image (in SAMM its class): ŷ_z of eq. (19), or the argmax of G_y.
 
         Images as for `infer`.
         """

@@ -19,7 +19,7 @@ from common.data import Dataset, described, draw_labels, load
 from common.plots import save_grid
 from common.run import Count, Decay, NonNegative, Positive, Range
 
-SETS = {  # data set: image shape, classes; None: the folder tells
+SETS = {  # data set: image shape, classes (None: as many as the folder has)
     "digits": ((1, 28, 28), 10),
     "mnist": ((1, 28, 28), 10),
     "fashion_mnist": ((1, 28, 28), 10),
@@ -27,35 +27,35 @@ SETS = {  # data set: image shape, classes; None: the folder tells
     "svhn_extra": ((3, 32, 32), 10),
     "folder": ((1, 28, 28), None),
 }
-SVHN_TRAIN = 73_257  # the first images of svhn_extra are those of train
+SVHN_TRAIN = 73_257  # svhn_extra begins with so many images of the train part
 
 
 @dataclass(frozen=True)
 class Config:
-    """Each value's source stands in configs/*.yaml, each choice in the README's ledger."""
+    """configs/*.yaml give the source of each value, the README's ledger explains each choice."""
 
-    dataset: str = "mnist"  # one of SETS; folder:<path> is a folder of your own. Pixels in [0, 1]
+    dataset: str = "mnist"  # one of SETS; folder:<path>: your own images
     n_components: Annotated[int, Range(2)] = 10  # K
-    latent_dim: Count = 64  # of z
-    factorisation: Literal["eq7", "eq6"] = "eq7"  # q(z|x) q(y|x, z), the tables'; or q(y|x) q(z|x, y), Algorithm 1's
-    variance: Literal["unit", "learned"] = "unit"  # of the components: Tables 4 and 8
-    y_noise: Literal["learned", "none"] = "learned"  # of h_y: eq. (8)'s σ_y; or none, ỹ = softmax(μ_y)
-    y_samples: Count = 1  # T, draws of h_y: ỹ is the mean of their softmaxes; eq. (9) has one
+    latent_dim: Count = 64  # dimension of z
+    factorisation: Literal["eq7", "eq6"] = "eq7"  # q(z|x) q(y|x, z), as in the tables; q(y|x) q(z|x, y), Algorithm 1
+    variance: Literal["unit", "learned"] = "unit"  # variance of the components; Tables 4 and 8
+    y_noise: Literal["learned", "none"] = "learned"  # noise of h_y: σ_y of eq. (8); none: ỹ = softmax(μ_y)
+    y_samples: Count = 1  # T draws of h_y: ỹ is the mean of their softmaxes; eq. (9) has T = 1
     semi_supervised: bool = False  # SAMM, Algorithm 2
     n_labels: Count = 1000  # SAMM: training images whose class is known
     labels: Literal["random", "stratified", "first"] = "random"  # which ones
     penalty: NonNegative = 10.0  # λ of eq. (18)
-    penalty_norm: Literal["joint", "each", "probability"] = "joint"  # in x, y, z together; one each; of σ(D)
+    penalty_norm: Literal["joint", "each", "probability"] = "joint"  # in (x, y, z); in each of them; of σ(D)
     penalty_ends: Literal["joints", "sources"] = "joints"  # (x, ỹ, z̃) to (x̃, y, z); or (x, y, z) to (x̃, ỹ, z̃)
-    discriminator_dropout: Literal["printed", "none"] = "printed"  # in D: Table 6's 0.2, Table 10's 0.1; or none
-    batch: Annotated[int, Range(2)] = 100  # M, images a step of each kind
-    learning_rate: Positive = 2.0e-4  # α, Adam's
-    discriminator_learning_rate: Positive | None = None  # D's; None: as the others
-    decay_from: Count | None = None  # epoch from which the rates fall, linearly, to 0 at the end; None: constant
-    beta1: Decay = 0.5  # Adam's; the second one is 0.999
+    discriminator_dropout: Literal["printed", "none"] = "printed"  # in D: Table 6 has 0.2, Table 10 has 0.1
+    batch: Annotated[int, Range(2)] = 100  # M, images of each kind per step
+    learning_rate: Positive = 2.0e-4  # α of Adam
+    discriminator_learning_rate: Positive | None = None  # that of D; None: as the others
+    decay_from: Count | None = None  # epoch from which the rates fall linearly to 0 at the end; None: never
+    beta1: Decay = 0.5  # β1 of Adam; β2 is 0.999
     validation: Annotated[int, Range(0)] = 5000  # training images held out
     held_out: Literal["random", "last"] = "random"  # which ones
-    averaged_weights: Annotated[int, Range(0)] = 0  # steps that a moving average of the weights reaches back; 0: none
+    averaged_weights: Annotated[int, Range(0)] = 0  # horizon of a moving average of the weights, in steps; 0: none
     epochs: Count = 200  # passes over the training images
 
     def __post_init__(self):
@@ -76,15 +76,15 @@ class Config:
 
 
 class Batch(NamedTuple):
-    """What a training step gets. Images are floats in [0, 1]."""
+    """The input of a training step. Images are floats in [0, 1]."""
 
-    images: Tensor  # (M, C, H, W), their labels not used
-    labelled: Tensor  # SAMM: (M, C, H, W); else empty
-    labels: Tensor  # SAMM: (M,), their classes; else empty
+    images: Tensor  # (M, C, H, W), without labels
+    labelled: Tensor  # SAMM: (M, C, H, W); AMM: empty
+    labels: Tensor  # SAMM: (M,), their classes; AMM: empty
 
 
-Optimizers = dict[str, torch.optim.Optimizer]  # of each player
-# The updates in the order of each listing. As no gradient is taken between them, the order changes nothing (ledger 21).
+Optimizers = dict[str, torch.optim.Optimizer]  # {player: its optimiser}
+# The updates in the order of each listing. No gradient is taken between them, so the order has no effect (ledger 21).
 ALGORITHM_1 = "discriminator", "decoder", "encoder"
 ALGORITHM_2 = "discriminator", "encoder", "decoder"
 
@@ -99,7 +99,7 @@ def train_step(model: AMM, optimizers: Optimizers, batch: Batch, precision: str 
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         games = [model.play(batch.images)]  # sample from data and priors, then from the conditionals
         if config.semi_supervised:
-            games.append(model.play(batch.labelled, batch.labels))  # Algorithm 2's second game, in which y is known
+            games.append(model.play(batch.labelled, batch.labels))  # Algorithm 2's second game, with known y
         rho = model.predictions(games)  # ρ_q, ρ_p
         penalty = model.penalty(games) if config.penalty else torch.zeros((), device=batch.images.device)
     losses = {
@@ -123,18 +123,18 @@ def train_step(model: AMM, optimizers: Optimizers, batch: Batch, precision: str 
 
 
 class Split(NamedTuple):
-    """A data set as a run sees it. Images are uint8 (…, C, H, W), labels int64."""
+    """A data set as a run uses it. Images are uint8 (…, C, H, W), labels int64."""
 
     images: Tensor
     labels: Tensor
     validation_images: Tensor
     validation_labels: Tensor
-    known: Tensor  # SAMM: indices of the labelled ones among `images`
+    known: Tensor  # SAMM: indices of the labelled images
     priors: Tensor  # p(y), (K,)
 
 
 def misfits(config: Config, n_classes: int) -> dict[str, str]:
-    """For `run.refuse`: SAMM has one component a class, and at least one label of each. AMM needs neither."""
+    """What `run.refuse` takes: SAMM needs one component per class and a label of each class. AMM needs neither."""
     k, name, wrong = config.n_components, config.dataset, {}
     if not config.semi_supervised:
         return wrong
@@ -150,11 +150,11 @@ def misfits(config: Config, n_classes: int) -> dict[str, str]:
 
 
 def split(config: Config, data: Dataset, seed: int) -> Split:
-    """Training and validation images, the labelled ones, and p(y). Raises UserError where they cannot fit."""
+    """Training and validation images, the labelled ones, and p(y). Raises UserError if config and data do not fit."""
     wrong = misfits(config, data.n_classes)
     if len(data.test_images) < 2:
         wrong[f"{data.name} has {len(data.test_images)} test image; the figures need at least 2"] = ""
-    # The extra images of svhn_extra are only trained on: what is held out, and what is labelled, is of train.
+    # The extra images of svhn_extra are only trained on. Held-out and labelled images come from the train part.
     pool, held, batch = len(data.train_images), config.validation, config.batch
     if data.name == "svhn_extra":
         pool = min(pool, SVHN_TRAIN)
@@ -179,15 +179,15 @@ def split(config: Config, data: Dataset, seed: int) -> Split:
 
 
 def labelled_order(n: int, draws: int, noise: torch.Generator) -> Tensor:
-    """Indices of n labelled images, as many as `draws` at least: all in a random order, again and again. n may be 0."""
+    """At least `draws` indices of n labelled images: all n in random order, again and again. n may be 0."""
     passes = -(-draws // n) if n else 1
     return torch.cat([torch.randperm(n, generator=noise) for _ in range(passes)])
 
 
 def rate(config: Config, player: str, step: int, steps: int) -> float:
-    """The learning rate of a player in training step `step` (0, 1, …) of a run with `steps` an epoch.
+    """The learning rate of a player in training step `step` (0, 1, …) of a run with `steps` steps per epoch.
 
-    Constant; or from epoch decay_from on on a line that reaches 0 after the last step.
+    It is constant, or it falls linearly from the start of epoch decay_from to 0 after the last step.
     """
     alpha = config.discriminator_learning_rate if player == "discriminator" else None
     alpha = config.learning_rate if alpha is None else alpha
@@ -197,7 +197,7 @@ def rate(config: Config, player: str, step: int, steps: int) -> float:
 
 
 def train(config: Config, options: run.Options) -> Path:
-    """Train, or resume, one run; returns its folder."""
+    """Train or resume one run; returns its folder."""
     if options.graph and config.decay_from:
         raise run.UserError("--graph: a recording keeps its learning rates, and decay_from changes them. Leave it out")
     device, seed = run.set_up(options), options.seed
@@ -230,7 +230,7 @@ def train(config: Config, options: run.Options) -> Path:
                 for player, optimizer in optimizers.items():
                     optimizer.param_groups[0]["lr"] = rate(config, player, r.total_steps, steps)
                 drawn, drawn_known = (o[r.step * m :][:m] for o in (order, order_known))
-                # Everything is drawn from the global generators: a seed for each step, so that nothing has to be saved.
+                # All draws come from the global generators. They get a seed for each step, so none has to be saved.
                 torch.manual_seed(run.generator(seed, "step", r.epoch, r.step).initial_seed())
                 shown = step(Batch(as_input(images[drawn]), known_images[drawn_known], known_labels[drawn_known]))
                 if model.averaged is not None:
