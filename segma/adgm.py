@@ -2,8 +2,8 @@
 
     python -m segma.adgm mnist --seed 0 --data data
 
-Generative model p(y) p(z) p(x|z, y) p(a|x, z, y), y uniform, z ~ N(0, I). The auxiliary variable a leaves p(x, y, z)
-as it is and makes the inference model richer: q(a|x) q(y|a, x) q(z|a, x, y). A code is (z, one-hot y).
+The generative model is p(y) p(z) p(x|z, y) p(a|x, z, y), y uniform, z ~ N(0, I). The auxiliary variable a does not
+change p(x, y, z) but makes the inference model richer: q(a|x) q(y|a, x) q(z|a, x, y). A code is (z, one-hot y).
 """
 
 import math
@@ -34,24 +34,24 @@ from segma.train import Batch, Task, descend, train
 
 @dataclass(frozen=True)
 class Config(Task):
-    latent_dim: Count = 100  # of z
-    auxiliary_dim: Count = 100  # of a
+    latent_dim: Count = 100  # dimension of z
+    auxiliary_dim: Count = 100  # dimension of a
     hidden_dim: Count = 500  # units of a hidden layer of each of the five networks
     hidden_layers: Count = 2  # hidden layers of each
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"  # p(x|z, y); gaussian: of variance 1
-    binarise: bool = False  # draw black-or-white pixels with the grey values as probabilities, anew for each batch
-    posterior_variance: Literal["free", "at_least_one"] = "free"  # at_least_one: log σ² through a softplus
-    labelled_weight: NonNegative = 1.0  # of the mean labelled bound; the mean unlabelled bound weighs 1
-    label_weight: NonNegative = 60.0  # α, of the mean cross-entropy of q(y|a, x)
+    binarise: bool = False  # draw each pixel as 0 or 1 with its grey value as probability, for each batch
+    posterior_variance: Literal["free", "at_least_one"] = "free"  # at_least_one: log σ² goes through a softplus
+    labelled_weight: NonNegative = 1.0  # weight of the mean labelled bound; the mean unlabelled bound has 1
+    label_weight: NonNegative = 60.0  # α, weight of the mean cross-entropy of q(y|a, x)
 
     def build(self) -> nn.Module:
         return ADGM(self)
 
 
 class ADGM(ClassConditional):
-    """Each edge of the graph a ReLU network, of a Config. Weights Glorot normal, biases 0 (the open repository).
+    """Each edge of the graph is a ReLU network. config: a Config. Weights Glorot normal, biases 0 (open repository).
 
-    Of CelebA's images one set of convolutions, on which every edge builds (appendix).
+    For CelebA one set of convolutions comes before all edges that see the image (appendix).
     """
 
     def __init__(self, config: Config):
@@ -64,7 +64,7 @@ class ADGM(ClassConditional):
         self.q_y = Dense([n, a], hidden, [k], relu)  # q(y|a, x): logits
         self.q_z = Dense([n, a, k], hidden, [z, z], relu)  # q(z|a, x, y): mean, log σ²
         self.p_a = Dense([n, z, k], hidden, [a, a], relu)  # p(a|x, z, y): mean, log σ²
-        self.p_x = Dense([z, k], hidden, [n], relu)  # p(x|z, y): logits, or what the transposed convolutions take
+        self.p_x = Dense([z, k], hidden, [n], relu)  # p(x|z, y): logits, or the input of the transposed convolutions
         self.images = images
         for network in self.children():
             initialise(network, nn.init.xavier_normal_)
@@ -81,7 +81,7 @@ class ADGM(ClassConditional):
     def labelled_bound(
         self, x: Tensor, h: Tensor, a: Tensor, log_q_a: Tensor, y: Tensor, noise: torch.Generator
     ) -> Tensor:
-        """-L(x, y), the bound of a labelled image, by one sample:
+        """-L(x, y), the bound of a labelled image, with one sample:
 
         log p(x|z,y) + log p(y) + log p(a|x,z,y) - log q(a|x) - KL(q(z|a,x,y) ‖ p(z)).
 
@@ -109,7 +109,7 @@ class ADGM(ClassConditional):
             log_q_a = log_normal(a, mean, log_variance)
             log_q_y = self.q_y(h, a).log_softmax(-1)  # (B, K)
 
-            # Unlabelled, -U(x): the sum over every class, each image's first layers computed once.
+            # Unlabelled, -U(x): a sum over all classes. The first layers see each image once.
             known = [t[:n, None] for t in (x, h, a, log_q_a)]  # (n, 1, ·)
             every_class = torch.eye(k, device=x.device, dtype=x.dtype)[None]  # (1, K, K)
             bounds = self.labelled_bound(*known, every_class, noise)  # (n, K)

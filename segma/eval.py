@@ -1,8 +1,8 @@
-"""Every table and figure of the SeGMA paper from a trained run, SeGMA's own or a baseline's.
+"""Every table and figure of the SeGMA paper from a trained run of SeGMA or of a baseline.
 
     python -m segma.eval mnist --seed 0 --data data
 
-Writes eval.json and figures/ into the run's folder. Tables I and III need the Inception weights; without them FID is
+Writes eval.json and figures/ into the run's folder. Tables I and III need the Inception weights; without them, FID is
 left out.
 """
 
@@ -31,9 +31,9 @@ from segma.model import (
 )
 
 FID_SAMPLES = 10_000  # Sec. VI-B and VI-C
-JUDGED_SAMPLES = 2_000  # of which the nearest training image is found
-LINES = 200  # interpolation lines between each two classes
-POINTS = 41  # on each line, when the classes along it are counted
+JUDGED_SAMPLES = 2_000  # samples whose nearest training image gives their class
+LINES = 200  # interpolation lines between every two classes
+POINTS = 41  # points on each line at which the class is taken
 ANTI_TARGETS = [(0, 1), (2, 1), (3, 1), (1, 3)]  # Fig. 8, class and anti-target: 1 not male, smiling; 3 male, smiling
 
 
@@ -48,7 +48,7 @@ def evaluate(options: run.Options) -> dict:
     metrics, details, timing = quality(model, data, z), {}, {}
     if labelled:
         metrics = table_ii(model, data, z, options.seed) | metrics
-    if data.train_images.shape[-1] < 64:  # of faces the nearest in pixels says little about the class
+    if data.train_images.shape[-1] < 64:  # the face nearest in pixels says little about the class
         metrics |= rows_are_classes(model, data, options.seed)
     scores, judge = tables_i_and_iii(model, data, z, options)
     if isinstance(model, SeGMA):
@@ -72,7 +72,7 @@ def evaluate(options: run.Options) -> dict:
 
 
 def table_ii(model: GenerativeModel, data: Dataset, z: Tensor, seed: int) -> dict[str, float]:
-    """Test error in percent by eq. (7), and for scale that of the nearest neighbour among the same labelled images.
+    """Test error in percent by eq. (7), and for comparison that of the nearest neighbour among the labelled images.
 
     z: (n, D), the codes of the test images.
     """
@@ -88,7 +88,7 @@ def table_ii(model: GenerativeModel, data: Dataset, z: Tensor, seed: int) -> dic
 
 
 def quality(model: GenerativeModel, data: Dataset, z: Tensor) -> dict[str, float]:
-    """Reconstruction error, eq. (1), and for SeGMA the distance d², eq. (8), on the test set, with training's γ."""
+    """Reconstruction error, eq. (1), and for SeGMA the distance d², eq. (8), on the test set with training's γ."""
     parts = zip(data.test_images.split(1000), z.split(1000), strict=True)
     squares = sum(len(x) * reconstruction_error(as_input(x), model.decode(code).cpu()).item() for x, code in parts)
     scores = {"reconstruction_error": squares / len(z)}
@@ -101,7 +101,7 @@ def quality(model: GenerativeModel, data: Dataset, z: Tensor) -> dict[str, float
 def rows_are_classes(model: GenerativeModel, data: Dataset, seed: int) -> dict[str, float]:
     """Sec. VI-B, "examples in each row … have the same class": how far components are classes, in percent.
 
-    2,000 samples of the mixture; the class of each is that of the nearest training image, in pixels.
+    The class of each of 2,000 samples of the mixture is that of the nearest training image in pixels.
     """
     codes, components = model.draw(JUDGED_SAMPLES, run.generator(seed, "nearest images"))
     images = as_input(to_bytes(model.decode(codes)))
@@ -110,9 +110,9 @@ def rows_are_classes(model: GenerativeModel, data: Dataset, seed: int) -> dict[s
 
 
 def verdict(found: Tensor, components: Tensor, n_classes: int, labelled: bool) -> dict[str, float]:
-    """Which share of the samples is of its component's class, in percent.
+    """The percentage of samples that are of the class of their component.
 
-    found: (n,), the class of each sample; components: (n,), where it was drawn. Without labels a component's class is
+    found: (n,), the class of each sample; components: (n,), its component. Without labels the class of a component is
     the one that most of its samples have.
     """
     if labelled:
@@ -126,8 +126,8 @@ def tables_i_and_iii(
 ) -> tuple[dict[str, float], str | None]:
     """FID of 10,000 samples of the mixture (Table I) and of 10,000 points between test images (Table III).
 
-    Against the training set's statistics, and (_test) the test set's. z: (n, D), the codes of the test images.
-    Returns the scores and which Inception network gave them; where there is none, prints why.
+    Against the statistics of the training set, and (_test) of the test set. z: (n, D), the codes of the test images.
+    Returns the scores and the digest of the Inception network; without the network, prints why.
     """
     if min(len(data.train_images), len(data.test_images)) < inception.FEATURES:
         print(f"FID left out: {data.name} has fewer images than the {inception.FEATURES} features of Inception")
@@ -147,7 +147,7 @@ def tables_i_and_iii(
     }
     scores = {}
     for name, points in codes.items():
-        images = torch.cat([to_bytes(model.decode(part)) for part in points.split(1000)])  # never all of them as floats
+        images = torch.cat([to_bytes(model.decode(part)) for part in points.split(1000)])  # not all as floats at once
         statistics = moments(inception.features(network, images))
         for against, reference in real.items():
             scores[name + against] = frechet_distance(statistics, reference)
@@ -157,7 +157,7 @@ def tables_i_and_iii(
 def points_between(z: Tensor, generator: torch.Generator) -> Tensor:
     """10,000 codes (10000, D), each at t ~ U(0, 1) between two random codes of z (n, D), n ≥ 2.
 
-    Ten batches of 1,000 pairs, each batch without replacement; more and smaller ones where z has fewer than 2,000.
+    Ten batches of 1,000 pairs, each drawn without replacement; more and smaller batches if n < 2,000.
     """
     size = min(FID_SAMPLES // 10, len(z) // 2)
     parts = []
@@ -179,14 +179,14 @@ def to_bytes(images: Tensor) -> Tensor:
 def closed_form_against_sampling(
     model: SeGMA, z: Tensor, seed: int, repeats: int = 20
 ) -> tuple[list[dict], list[dict]]:
-    """The closed form of eq. (8) against the same kernel's MMD with n samples of the mixture (Secs. I and VII).
+    """The closed form of eq. (8) against the MMD of the same kernel with n samples of the mixture (Secs. I and VII).
 
-    z: (N, D), of which one training batch is taken. For each n, over `repeats` draws: mean and standard deviation of
-    d², and the noise of its gradient in codes and means, √E‖g - ḡ‖² / ‖ḡ‖. n = 0 stands for the closed form, which
-    draws nothing and has no noise. Returns these rows, which a seed fixes, and the median milliseconds for drawing,
-    value and gradient, which differ from run to run.
-    The self-pairs of a sample raise its d² by about k(0) / n, as those of the codes do in eq. (8). The asymptotic φ_D
-    has an error of its own (ledger 10), which no number of samples shows.
+    z: (N, D); one training batch of it is used. For each n, over `repeats` draws: mean and standard deviation of d²,
+    and the noise of its gradient in codes and means, √E‖g - ḡ‖² / ‖ḡ‖. n = 0 is the closed form, which draws nothing
+    and has no noise. Returns these rows, which the seed fixes, and the median milliseconds for drawing, value and
+    gradient, which vary between runs.
+    The pairs of a sample with itself raise d² by about k(0) / n, as those of the codes do in eq. (8). The error of the
+    asymptotic φ_D (ledger 10) is the same for every n.
     """
     generator, size = run.generator(seed, "sampled distance"), model.config.codes_per_batch
     codes = z[torch.randperm(len(z), generator=generator)[:size].to(z.device)].clone().requires_grad_()
@@ -219,16 +219,16 @@ def closed_form_against_sampling(
 
 
 def nearest_classes(model: SeGMA, data: Dataset) -> dict[str, str]:
-    """Each class's nearest neighbour by the distance between the means."""
+    """{class: the class with the nearest mean}."""
     nearest = torch.cdist(model.means, model.means).fill_diagonal_(float("inf")).argmin(1).tolist()
     return {data.class_names[k]: data.class_names[neighbour] for k, neighbour in enumerate(nearest)}
 
 
 def between(model: SeGMA, data: Dataset, z: Tensor, seed: int) -> dict[str, dict[str, float] | None]:
-    """For each two classes, the share of straight lines between their test images that pass through each third class.
+    """For every two classes, the share of straight lines between their test images that pass through each third class.
 
-    z: (n, D), codes of the test images. LINES pairs are drawn from the images that eq. (7) classifies rightly.
-    Returns {"6-9": {"4": 0.6, …}, …}, the most frequent class first; None where one of the two has no such image.
+    z: (n, D), codes of the test images. LINES pairs are drawn from the images that eq. (7) classifies correctly.
+    Returns {"6-9": {"4": 0.6, …}, …}, the most frequent class first; None if one of the two has no such image.
     """
     labels = data.test_labels.to(z.device)
     right = model.classify(z) == labels
@@ -259,7 +259,7 @@ def figures(
 ) -> None:
     """Figures 3 to 8 for this data set, the geometry of the latent space, and the course of training.
 
-    z: (n, D), the codes of the test images.  result: what `evaluate` measured.  rows: the log.
+    z: (n, D), the codes of the test images.  result: the record with the metrics.  rows: of the log.
     """
     details = result["details"]
     generator, labelled = run.generator(seed, "figures"), bool(model.config.labelled_per_batch)
@@ -276,7 +276,7 @@ def figures(
 
 
 def samples(model: GenerativeModel, data: Dataset, generator: torch.Generator, path: Path) -> None:
-    """Figures 3 to 5: ten samples of each component, one row a component."""
+    """Figures 3 to 5: ten samples of each component, one row per component."""
     k = len(model.means)
     noise = torch.randn(k * 10, model.config.latent_dim, generator=generator).to(model.device)
     codes = model.place(noise, torch.arange(k, device=model.device).repeat_interleave(10))
@@ -286,28 +286,28 @@ def samples(model: GenerativeModel, data: Dataset, generator: torch.Generator, p
 
 
 def one_of(class_: int, classes: Tensor, generator: torch.Generator) -> int:
-    """A random image that is of this class in `classes` (n,), or any image where there is none."""
+    """The index of a random image of this class in `classes` (n,), or of any image if there is none."""
     members = (classes == class_).nonzero()[:, 0]
     members = members if len(members) else torch.arange(len(classes))
     return int(members[torch.randint(len(members), (1,), generator=generator)])
 
 
 def other_than(class_: int, n: int, generator: torch.Generator) -> int:
-    """A random one of the n - 1 other classes; the class itself where it is the only one."""
+    """A random one of the n - 1 other classes; the class itself if it is the only one."""
     return (class_ + 1 + int(torch.randint(max(1, n - 1), (1,), generator=generator))) % n
 
 
 def shows_originals(data: Dataset) -> bool:
-    """CelebA's terms forbid passing its images on, and figures are committed."""
+    """Whether figures may show originals. CelebA's terms forbid passing its images on, and figures are committed."""
     return not data.name.startswith("celeba")
 
 
 def with_originals(
     model: GenerativeModel, data: Dataset, first: Tensor, codes: Tensor, last: Tensor | None = None
 ) -> Tensor:
-    """Rows of a real test image, decoded codes, and a real test image; of faces the decoded ones alone.
+    """Rows of a test image, decoded codes and a test image; without the test images if they are faces.
 
-    first, last: (rows,), which test images.  codes: (rows, columns, D).  Returns images (rows · columns, C, H, W).
+    first, last: (rows,), indices of test images.  codes: (rows, columns, D).  Returns (rows · columns, C, H, W).
     """
     parts = [model.decode(codes.flatten(0, 1)).cpu().unflatten(0, codes.shape[:2])]
     if shows_originals(data):
@@ -317,12 +317,12 @@ def with_originals(
 
 
 def interpolations(model: GenerativeModel, data: Dataset, z: Tensor, generator: torch.Generator, path: Path) -> None:
-    """Figure 6: nine steps from a test image to one of another class, if there is one. Row 1: 6 to 9, as there."""
+    """Figure 6: nine steps from a test image to one of another class, if there is one. Row 1: 6 to 9, as printed."""
     n, names, real = data.n_classes, data.class_names, shows_originals(data)
     pairs = [(s, other_than(s, n, generator)) for s in range(n)]
     pairs[0] = (6, 9) if n == 10 else pairs[0]
     first, last = (torch.tensor([one_of(pair[i], data.test_labels, generator) for pair in pairs]) for i in (0, 1))
-    if n == 1:  # to another image of the same
+    if n == 1:  # to another image of the same class
         last = torch.tensor([other_than(int(first), len(data.test_images), generator)])
     steps = torch.linspace(0, 1, 9, device=z.device)
     line = z[first][:, None] + steps[None, :, None] * (z[last] - z[first])[:, None]
@@ -332,7 +332,7 @@ def interpolations(model: GenerativeModel, data: Dataset, z: Tensor, generator: 
 
 
 def style_transfers(model: GenerativeModel, data: Dataset, z: Tensor, generator: torch.Generator, path: Path) -> Tensor:
-    """Figure 7: a test image of each class moves to another class. Returns which images, (K,)."""
+    """Figure 7: a test image of each class moves to another class. Returns the indices of these images, (K,)."""
     k, names, real, assigned = len(model.means), data.class_names, shows_originals(data), model.classify(z)
     chosen = torch.tensor([one_of(s, assigned, generator) for s in range(k)])
     source = assigned[chosen]
@@ -354,7 +354,7 @@ def style_transfers(model: GenerativeModel, data: Dataset, z: Tensor, generator:
 def intensities(model: SeGMA, data: Dataset, z: Tensor, chosen: Tensor, generator: torch.Generator, path: Path) -> None:
     """Figure 8: test images, `chosen` (K,), move away from an anti-target class.
 
-    On faces the classes are the paper's; elsewhere the anti-target is the class with the nearest mean (ledger 23).
+    For faces the classes are the paper's; otherwise the anti-target is the class with the nearest mean (ledger 23).
     """
     names, real, assigned = data.class_names, shows_originals(data), model.classify(z)
     if data.name.startswith("celeba"):
@@ -396,7 +396,7 @@ def geometry(details: dict, names: Sequence[str], folder: Path) -> None:
 def save_matrix(
     values: Tensor, path: Path, names: Sequence[str], title: str, text: Sequence[Sequence[str]], colours: str
 ) -> None:
-    """A square matrix (K, K) as a heat map without its diagonal, with `text` in its cells and `colours` at its bar."""
+    """Draw a square matrix (K, K) as a heat map without its diagonal. text: in the cells. colours: label of the bar."""
     values = values.clone().fill_diagonal_(float("nan"))
     shown = values[~values.isnan()]
     middle, long = (shown.min() + shown.max()) / 2, max(map(len, names)) > 6
@@ -406,7 +406,7 @@ def save_matrix(
     for i, row in enumerate(text):
         for j, word in enumerate(row):
             how = {"ha": "center", "va": "center", "color": "white" if values[i, j] < middle else "black"}
-            # Without the parser of formulas: a class may be called a_$.
+            # parse_math=False, because the name of a class may contain $.
             axes.text(j, i, textwrap.fill(word, 12), fontsize=7, parse_math=False, **how)
     lean = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if long else {}
     axes.set_xticks(range(len(names)), names, parse_math=False, **lean)
@@ -418,7 +418,7 @@ def save_matrix(
 
 
 def closed_form(rows: list[dict], timing: list[dict], path: Path) -> None:
-    """What sampling the mixture costs in noise and time, against the number of samples."""
+    """The noise and the time that sampling the mixture costs, against the number of samples."""
     closed, n = timing[0]["milliseconds"], [row["n"] for row in rows[1:]]
     noise, times = [row["gradient_noise"] for row in rows[1:]], [row["milliseconds"] for row in timing[1:]]
     curves = {
@@ -428,7 +428,7 @@ def closed_form(rows: list[dict], timing: list[dict], path: Path) -> None:
     plots.save_curves(curves, path, "samples of the mixture in a sampled MMD", log=True, log_y=True)
 
 
-COURSE = {  # the log's columns, as the training figure names them
+COURSE = {  # a column of the log: its title in training.png
     "test_error": "test error, %",
     "mse": "reconstruction error, eq. (1)",
     "bernoulli": "reconstruction error, cross-entropy, nats",

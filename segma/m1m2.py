@@ -2,9 +2,9 @@
 
     python -m segma.m1m2 mnist --seed 0 --data data
 
-Two variational auto-encoders, one after the other. M1: x ~ p(x|z1), z1 ~ N(0, I). M2's data are then M1's codes, drawn
-anew for each batch from q(z1|x) with M1 fixed: z1 ~ p(z1|y, z2), y uniform, z2 ~ N(0, I). Its classifier is q(y|z1).
-Equation numbers here are those of that paper; a code is (z2, one-hot y).
+Two variational auto-encoders, trained one after the other. M1: x ~ p(x|z1), z1 ~ N(0, I). M2: z1 ~ p(z1|y, z2), y
+uniform, z2 ~ N(0, I). The data of M2 are codes of the fixed M1, drawn again for each batch from q(z1|x). The classifier
+is q(y|z1). Equation numbers are those of that paper. A code is (z2, one-hot y).
 """
 
 import math
@@ -24,19 +24,19 @@ from segma.train import Batch, Task, descend, train
 
 @dataclass(frozen=True)
 class Config(Task):
-    m1_latent_dim: Count = 50  # of z1
+    m1_latent_dim: Count = 50  # dimension of z1
     m1_hidden_dim: Count = 500  # units of a hidden layer of M1, both sides
-    m1_hidden_layers: Count = 2  # hidden layers of M1, both sides; between the convolutions where there are some
-    latent_dim: Count = 50  # of z2
+    m1_hidden_layers: Count = 2  # hidden layers of M1, both sides; with convolutions, the dense layers
+    latent_dim: Count = 50  # dimension of z2
     hidden_dim: Count = 300  # units of a hidden layer of M2: classifier, encoder, decoder
     hidden_layers: Count = 1  # hidden layers of each of the three
     activation: Literal["softplus", "relu"] = "softplus"
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"  # p(x|z1); gaussian: of variance 1
-    binarise: bool = False  # draw black-or-white pixels with the grey values as probabilities, anew for each batch
-    posterior_variance: Literal["free", "at_least_one"] = "free"  # of q; at_least_one: log σ² through a softplus
-    labelled_weight: NonNegative = 100 / 60_000  # of the mean labelled bound; the mean unlabelled bound weighs 1
-    label_weight: NonNegative = 0.1  # α, of the mean cross-entropy of q(y|z1)
-    m1_epochs: Count = 100  # the first so many epochs train M1, the others M2
+    binarise: bool = False  # draw each pixel as 0 or 1 with its grey value as probability, for each batch
+    posterior_variance: Literal["free", "at_least_one"] = "free"  # of q; at_least_one: log σ² goes through a softplus
+    labelled_weight: NonNegative = 100 / 60_000  # weight of the mean labelled bound; the mean unlabelled bound has 1
+    label_weight: NonNegative = 0.1  # α, weight of the mean cross-entropy of q(y|z1)
+    m1_epochs: Count = 100  # so many epochs train M1, then the others train M2
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,7 +52,7 @@ class Config(Task):
 
 
 class Softplus(nn.Module):
-    """log(1 + eˣ), as nn.Softplus: see softplus below."""
+    """log(1 + eˣ), as nn.Softplus, by `softplus` below."""
 
     def forward(self, x: Tensor) -> Tensor:
         return softplus.apply(x)
@@ -61,8 +61,8 @@ class Softplus(nn.Module):
 class Dense(nn.Module):
     """Hidden layers from several inputs to one or more heads.
 
-    Each input has its part of the first layer, and the parts' outputs are added. This equals one layer on the
-    concatenation. The inputs' leading dimensions broadcast, so that an image meets each class once.
+    Each input has a first layer of its own, and their outputs are added. This equals one layer on the concatenation.
+    The leading dimensions of the inputs broadcast, so that an image meets each class once.
     """
 
     def __init__(self, inputs: list[int], hidden: list[int], heads: list[int], activation: nn.Module):
@@ -75,18 +75,18 @@ class Dense(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(hidden[-1], n) for n in heads)
 
     def forward(self, *inputs: Tensor) -> Tensor | list[Tensor]:
-        """inputs: (…, n_i) each. Returns (…, n_j) for each head in float32 or wider, or the one head's alone."""
+        """inputs: (…, n_i) each. Returns (…, n_j) for each head, at least in float32; a single head not in a list."""
         joined = sum(layer(x) for layer, x in zip(self.inputs, inputs, strict=True))
         hidden = self.hidden(joined)
         outputs = [head(hidden) for head in self.heads]
-        outputs = [x.float() if x.dtype == torch.bfloat16 else x for x in outputs]  # densities are never taken in bf16
+        outputs = [x.float() if x.dtype == torch.bfloat16 else x for x in outputs]  # densities are never in bf16
         return outputs if len(outputs) > 1 else outputs[0]
 
 
 def image_ends(image_shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module, int]:
     """From images (B, C, H, W) to features (B, n), from features back to logits (B, C, H, W), and n.
 
-    Flattened; or, of 64×64 images in colour, the appendix's convolutions.
+    They flatten; for 64×64 images in colour they are the appendix's convolutions.
     """
     if convolutional(image_shape):
         return convolutions(), nn.Sequential(nn.ReLU(), transposed_convolutions()), 1024
@@ -97,9 +97,9 @@ def image_ends(image_shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module,
 
 
 def spread(log_variance: Tensor, config) -> Tensor:
-    """log σ² of a Gaussian from its network's output, (…, D). at_least_one is the open repository's reading: σ² ≥ 1.
+    """log σ² of a Gaussian, (…, D), from the output of its network. at_least_one: σ² ≥ 1, as in the open repository.
 
-    For every q, and ADGM's p(a|x, z, y). M2's p(z1|z2, y) is free: the open repository has no such density (ledger 33).
+    Used for every q and for ADGM's p(a|x, z, y). M2's p(z1|z2, y), not in the open repository, is free.
     """
     return F.softplus(log_variance) if config.posterior_variance == "at_least_one" else log_variance
 
@@ -121,7 +121,7 @@ def kl_from_standard(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 class softplus(torch.autograd.Function):  # noqa: N801, used as a function
-    """log(1 + eˣ). PyTorch's takes log1p, which on a CPU costs ten times as much as log: half of an M2 step."""
+    """log(1 + eˣ). PyTorch's uses log1p, which on a CPU takes ten times as long as log: half of an M2 step."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class softplus(torch.autograd.Function):  # noqa: N801, used as a function
 
 
 class log_bernoulli(torch.autograd.Function):  # noqa: N801, used as a function
-    """Σ x l - log(1 + eˡ) over the last dimension, x the data and l the logits: (…, P) each -> (…), in few passes."""
+    """Σ x l - log(1 + eˡ) over the last dimension, for data x and logits l, (…, P) -> (…), in few passes."""
 
     @staticmethod
     def forward(ctx, x: Tensor, logits: Tensor) -> Tensor:
@@ -148,13 +148,13 @@ class log_bernoulli(torch.autograd.Function):  # noqa: N801, used as a function
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
         x, logits = ctx.saved_tensors
-        return None, gradient[..., None] * (x - logits.sigmoid())  # x is data
+        return None, gradient[..., None] * (x - logits.sigmoid())  # no gradient for x, the data
 
 
 def log_likelihood(x: Tensor, logits: Tensor, likelihood: str) -> Tensor:
-    """log p(x | codes) summed over pixels, both (…, P) -> (…). logits: the decoder's, their sigmoid is the mean image.
+    """log p(x | codes) summed over pixels: x and logits (…, P) -> (…). The sigmoid of the logits is the mean image.
 
-    bernoulli: grey values count as expectations of black-or-white ones. gaussian: variance 1.
+    bernoulli: grey values count as expectations of 0 and 1. gaussian: variance 1.
     """
     if likelihood == "bernoulli":
         return log_bernoulli.apply(x, logits)
@@ -162,7 +162,7 @@ def log_likelihood(x: Tensor, logits: Tensor, likelihood: str) -> Tensor:
 
 
 def as_data(x: Tensor, config, noise: torch.Generator) -> Tensor:
-    """The images as the likelihood takes them."""
+    """The images x (B, C, H, W) as the likelihood takes them: drawn as 0 or 1 if the config asks for it."""
     return torch.bernoulli(x, generator=noise) if config.binarise else x
 
 
@@ -170,7 +170,7 @@ def as_data(x: Tensor, config, noise: torch.Generator) -> Tensor:
 
 
 class ClassConditional(GenerativeModel):
-    """A model whose class is a variable of its own: a code (D = Z + K) is z followed by the one-hot y."""
+    """A model with the class as a separate variable: a code (D = Z + K) is z followed by the one-hot y."""
 
     @property
     def priors(self) -> Tensor:
@@ -183,7 +183,7 @@ class ClassConditional(GenerativeModel):
         return codes.tensor_split([-self.config.components], -1)
 
     def one_hot(self, y: Tensor, like: Tensor) -> Tensor:
-        """Classes (n,) as rows (n, K) of one 1 each, of the type of `like`."""
+        """Classes (n,) one-hot, (n, K), with the type and device of `like`."""
         return F.one_hot(y, self.config.components).to(like.dtype)
 
     def classify(self, z: Tensor) -> Tensor:
@@ -191,12 +191,12 @@ class ClassConditional(GenerativeModel):
         return self.split(z)[1].argmax(1)
 
     def place(self, noise: Tensor, components: Tensor) -> Tensor:
-        """Codes (B, Z + K) of z = noise (B, Z) and class components (B,)."""
+        """Codes (B, Z + K): z = noise (B, Z), and the classes components (B,) one-hot."""
         return torch.cat([noise, self.one_hot(components, noise)], 1)
 
 
 class M1M2(ClassConditional):
-    """M1 and M2, of a Config. Weights Glorot normal, biases 0 (the open repository)."""
+    """M1 and M2. config: a Config. Weights Glorot normal, biases 0 (the open repository)."""
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -215,7 +215,7 @@ class M1M2(ClassConditional):
             initialise(network, nn.init.xavier_normal_)
 
     def m1_bound(self, x: Tensor, noise: torch.Generator, precision: str = "fp32") -> Tensor:
-        """Eq. (5): E_q(z1|x) log p(x|z1) - KL(q(z1|x) ‖ p(z1)) ≤ log p(x), by one sample.
+        """Eq. (5): E_q(z1|x) log p(x|z1) - KL(q(z1|x) ‖ p(z1)) ≤ log p(x), with one sample.
 
         x: (B, C, H, W) -> (B,), nats.
         """
@@ -230,7 +230,7 @@ class M1M2(ClassConditional):
     def labelled_bound(self, z1: Tensor, y: Tensor, noise: torch.Generator) -> Tensor:
         """-L(z1, y), eq. (6): E_q(z2|z1,y) log p(z1|z2, y) + log p(y) - KL(q(z2|z1,y) ‖ p(z2)) ≤ log p(z1, y).
 
-        By one sample. z1: (…, Z1), y: (…, K) one-hot, their leading dimensions broadcast. Returns (…), nats.
+        With one sample. z1: (…, Z1), y: (…, K) one-hot; their leading dimensions broadcast. Returns (…), nats.
         """
         mean, log_variance = self.q_z2(z1, y)
         log_variance = spread(log_variance, self.config)
@@ -249,7 +249,7 @@ class M1M2(ClassConditional):
         return (log_q.exp() * (bounds - log_q)).sum(-1)
 
     def m2_loss(self, batch: Batch, precision: str = "fp32") -> dict[str, Tensor]:
-        """M2's objective, eq. (9), over the number of images, and its terms: scalars, nats. M1 is fixed."""
+        """M2's objective, eq. (9), per image, and its terms: scalars, nats. M1 is fixed."""
         config, noise, n = self.config, batch.noise, len(batch.unlabelled)
         with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
             with torch.no_grad():
@@ -272,14 +272,14 @@ class M1M2(ClassConditional):
         return torch.cat([self.q_z2(z1, y)[0], y], 1)
 
     def images_of(self, z: Tensor) -> Tensor:
-        """Mean images (B, C, H, W) in [0, 1]: of p(x|z1) at the mean of p(z1|z2, y). y may lie between two one-hots."""
+        """Mean images (B, C, H, W) in [0, 1] of p(x|z1) at the mean of p(z1|z2, y). y may lie between two one-hots."""
         return self.p_x(self.p_z1(*self.split(z))[0]).sigmoid()
 
 
 def train_step(
     model: M1M2, optimizer: torch.optim.Optimizer, batch: Batch, precision: str = "fp32"
 ) -> dict[str, Tensor]:
-    """One step up M1's bound, or, once M1 is done, down M2's objective. Returns the terms, scalars on the device."""
+    """One step up M1's bound or, after M1's epochs, down M2's objective. Returns the terms, scalars on the device."""
     if batch.m1_alone:
         x = as_data(batch.unlabelled, model.config, batch.noise)
         bound = model.m1_bound(x, batch.noise, precision).mean()

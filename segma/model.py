@@ -131,10 +131,10 @@ def cramer_wold_distance(z: Tensor, means: Tensor, priors: Tensor, gamma: float,
 
     z: (m, D) latent codes.  means: (K, D), μ_k.  priors: (K,), p_k, summing to 1.  gamma: kernel bandwidth γ > 0.
     Returns a scalar. Closed form: nothing is sampled. Valid for D ≥ 10, where φ_D is within 2.3 % of the exact one.
-    With it the distance of a perfect fit is a few 0.001, not 0; `phi` may be replaced by the exact one.
+    With it, a perfect fit has a distance of a few 0.001, not 0. phi: pass the exact function to replace it.
     """
     dim = z.shape[1]
-    rows = z.split(2048)  # of the (m, m) matrix: a batch is one block, a whole test set does not fill the memory
+    rows = z.split(2048)  # block by block, since the (m, m) matrix of a test set is large; a batch is one block
     z_z = sum(gaussian_product(squared_distances(part, z), 0, gamma, dim, phi).sum() for part in rows) / len(z) ** 2
     z_p = (gaussian_product(squared_distances(z, means), 1, gamma, dim, phi) @ priors).mean()
     p_p = priors @ gaussian_product(squared_distances(means, means), 2, gamma, dim, phi) @ priors
@@ -142,7 +142,7 @@ def cramer_wold_distance(z: Tensor, means: Tensor, priors: Tensor, gamma: float,
 
 
 def sampled_distance(z: Tensor, samples: Tensor, gamma: float, phi: Callable = phi) -> Tensor:
-    """What would estimate eq. (8) if the mixture were sampled, as for other MMDs: eq. (4)'s kernel over two samples.
+    """The estimate of eq. (8) from samples of the mixture, as for other MMDs: the kernel of eq. (4) over two samples.
 
     z: (m, D), samples: (n, D). Returns a scalar. Not used in training; eval.py compares it with the closed form.
     """
@@ -155,7 +155,7 @@ def sampled_distance(z: Tensor, samples: Tensor, gamma: float, phi: Callable = p
 
 
 def silverman_bandwidth(samples_per_class: float) -> float:
-    """γ = (4 / (3 N_c))^(2/5), Sec. VI-A. samples_per_class: N_c > 0, the number of codes that d² sees, over K."""
+    """γ = (4 / (3 N_c))^(2/5), Sec. VI-A. samples_per_class: N_c > 0, the number of codes in d² divided by K."""
     return (4 / (3 * samples_per_class)) ** 0.4
 
 
@@ -168,10 +168,10 @@ def reconstruction_error(x: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 def bernoulli_error(x: Tensor, logits: Tensor) -> Tensor:
-    """Cross-entropy of each pixel taken as a Bernoulli's probability, summed over pixels, mean over images (ledger 49).
+    """Bernoulli cross-entropy of the pixels, summed over pixels, mean over images (ledger 49).
 
-    x: (n, C, H, W) in [0, 1]; logits: of the same shape, their sigmoid is the reconstruction. A scalar ≥ 0 in nats, at
-    least in fp32.
+    x: (n, C, H, W) in [0, 1]; logits: of the same shape, their sigmoid is the reconstruction. A scalar ≥ 0 in nats,
+    computed in fp32 or wider.
     """
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     return nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1).mean()
@@ -230,10 +230,10 @@ def checked_input(images: Tensor) -> Tensor:
 
 
 class GenerativeModel(nn.Module):
-    """What SeGMA and its baselines M1+M2 and ADGM can all do once they are trained.
+    """What SeGMA and its baselines M1+M2 and ADGM offer once they are trained.
 
     Images (n, C, H, W) go in as uint8 or as floats in [0, 1] and come out as floats in [0, 1]. Codes are (n, D).
-    A subclass brings `codes_of`, `images_of`, `place`, `classify` and `priors`.
+    A subclass defines `codes_of`, `images_of`, `place`, `classify` and `priors`.
     """
 
     def __init__(self, config):
@@ -246,14 +246,14 @@ class GenerativeModel(nn.Module):
 
     @property
     def means(self) -> Tensor:
-        """The code at the centre of each component, (K, D): μ_k; of a baseline the origin with class k."""
+        """The code at the centre of each component, (K, D): μ_k; for a baseline, z = 0 and class k."""
         k = len(self.priors)
         noise = torch.zeros(k, self.config.latent_dim, device=self.device)
         return self.place(noise, torch.arange(k, device=self.device))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Codes (n, D), float32, of images (n, C, H, W), uint8 or floats in [0, 1]; else raises ValueError."""
+        """Codes (n, D), float32, of images (n, C, H, W), uint8 or floats in [0, 1]; otherwise raises ValueError."""
         return torch.cat([self.codes_of(checked_input(x.to(self.device))).float() for x in images.split(1000)])
 
     @torch.no_grad()
@@ -263,7 +263,7 @@ class GenerativeModel(nn.Module):
 
     @torch.no_grad()
     def draw(self, n: int, generator: torch.Generator, component: int | None = None) -> tuple[Tensor, Tensor]:
-        """n codes (n, D) and the component (n,) of each: this one, or drawn in proportion to the priors (None)."""
+        """n codes (n, D) and the component (n,) of each. component: None draws components by the priors."""
         components = torch.multinomial(self.priors.cpu(), n, replacement=True, generator=generator)
         components = components if component is None else torch.full_like(components, component)
         noise = torch.randn(n, self.config.latent_dim, generator=generator)
@@ -275,7 +275,7 @@ class GenerativeModel(nn.Module):
 
 
 class SeGMA(GenerativeModel):
-    """Encoder, decoder and mixture, of a train.Config, freshly initialised from torch's global random state."""
+    """Encoder, decoder and mixture. config: a train.Config. Initial weights come from torch's global generator."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -303,7 +303,7 @@ class SeGMA(GenerativeModel):
 
     @property
     def gamma(self) -> float:
-        """γ of the distance, from N_c of a training batch (Sec. VI-A)."""
+        """γ of the distance, from the N_c of a training batch (Sec. VI-A)."""
         return silverman_bandwidth(self.config.codes_per_batch / self.config.components)
 
     def loss(self, unlabelled: Tensor, labelled: Tensor, labels: Tensor, precision: str = "fp32") -> dict[str, Tensor]:
@@ -312,7 +312,7 @@ class SeGMA(GenerativeModel):
         unlabelled: (n, C, H, W), labelled: (m, C, H, W), in [0, 1]; labels: (m,). With β = 0 no label is seen.
         """
         config, x = self.config, torch.cat([unlabelled, labelled])
-        seen = config.codes_per_batch  # by the error and the distance: the unlabelled images, which come first, or all
+        seen = config.codes_per_batch  # by the error and the distance: the unlabelled images, which are first, or all
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
             z = self.encoder(x)
             if config.reconstruction == "squared":
@@ -320,7 +320,7 @@ class SeGMA(GenerativeModel):
             else:
                 logits = self.decoder[:-1](z[:seen])  # without the last layer, the sigmoid
                 error = {"bernoulli": bernoulli_error(x[:seen], logits)}
-        z = z.float() if precision == "bf16" else z  # distances and logarithms are never taken in bf16
+        z = z.float() if precision == "bf16" else z  # distances and logarithms are never computed in bf16
 
         d2 = cramer_wold_distance(z[:seen], self.means, self.priors, self.gamma)
         loss = sum(error.values()) + config.distance_weight * d2.log()  # eq. (9) with β = 0

@@ -2,8 +2,8 @@
 
     python -m segma.train mnist --seed 0 --data data
 
-Run it again to resume; `--describe` prints what would be trained. The same loop trains the paper's baselines, M1+M2
-(m1m2.py) and ADGM (adgm.py), which bring their own step.
+Run it again to resume; `--describe` prints what would be trained. The paper's baselines, M1+M2 (m1m2.py) and ADGM
+(adgm.py), use the same loop with their own step.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from common.plots import save_grid
 from common.run import Count, NonNegative, Positive
 from segma.model import GenerativeModel, SeGMA, as_input
 
-SETS = {  # data set: image shape, classes; None: the number is found in the folder
+SETS = {  # data set: image shape, classes (None: as many as the folder has)
     "digits": ((1, 28, 28), 10),
     "mnist": ((1, 28, 28), 10),
     "fashion_mnist": ((1, 28, 28), 10),
@@ -36,20 +36,20 @@ SETS = {  # data set: image shape, classes; None: the number is found in the fol
 
 @dataclass(frozen=True)
 class Task:
-    """The data, and how any system is stepped. Sources of the values stand in configs/*.yaml, choices in the ledger."""
+    """The data and the optimiser of any system. configs/*.yaml give the source of a value, the ledger the reason."""
 
-    dataset: str = "mnist"  # one of SETS; folder:<path>, folder_colour:<path>: your own. [0, 1], no preprocessing
-    n_components: Count | None = 10  # K, Gaussians; one per class. None: as many as the data have classes
+    dataset: str = "mnist"  # one of SETS; folder:<path>, folder_colour:<path>: your own images
+    n_components: Count | None = 10  # K, Gaussians, one per class; None: as many as classes
     n_labels: Count = 100  # training images whose class is known
     labels: Literal["random", "stratified", "first"] = "random"  # which ones
-    batch_unlabelled: Count = 100  # images per step drawn from the whole training set, labels unseen
-    batch_labelled: Count = 100  # images per step from the labelled ones; all of them where there are fewer
-    learning_rate: Positive = 3.0e-4  # Adam's, constant
-    grad_clip_norm: Positive | None = 5.0  # global norm, over all parts together
+    batch_unlabelled: Count = 100  # images per step from the whole training set, without labels
+    batch_labelled: Count = 100  # labelled images per step; all of them if there are fewer
+    learning_rate: Positive = 3.0e-4  # of Adam, constant
+    grad_clip_norm: Positive | None = 5.0  # first, the norm over all parameters together
     grad_clip_value: Positive | None = 1.0  # then each entry to ±this
     epochs: Count = 500  # passes over the training set
 
-    LEFT_TO_DATA = ("n_components",)  # what a run fills in where the config has null
+    LEFT_TO_DATA = ("n_components",)  # fields that the data fill in if the config has null
 
     def __post_init__(self):
         described(self.dataset, SETS)
@@ -60,7 +60,7 @@ class Task:
 
     @property
     def components(self) -> int:
-        """K; 1 where it stands in a folder that was not read yet."""
+        """K; 1 if the folder that tells it has not been read yet."""
         return self.n_components or 1
 
     @property
@@ -70,16 +70,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Config(Task):
-    """SeGMA; with label_weight 0 unsupervised, and with n_components 1 as well CWAE."""
+    """SeGMA. With label_weight 0 it is unsupervised; with n_components 1 as well it is CWAE."""
 
     latent_dim: Count = 10  # D
     hidden_dim: Count = 1024  # units of a hidden layer, both sides
     hidden_layers: Count = 2  # hidden layers, both sides
-    decoder_layers: Count | None = None  # hidden layers of the decoder, where they are not as many
-    reconstruction: Literal["squared", "bernoulli"] = "squared"  # error: eq. (1), or the Bernoulli cross-entropy
-    loss_over: Literal["unlabelled", "all"] = "unlabelled"  # the part of a batch that reconstruction error and d² see
+    decoder_layers: Count | None = None  # hidden layers of the decoder; None: hidden_layers
+    reconstruction: Literal["squared", "bernoulli"] = "squared"  # eq. (1), or the Bernoulli cross-entropy
+    loss_over: Literal["unlabelled", "all"] = "unlabelled"  # the images in reconstruction error and d²
     distance_weight: NonNegative = 5.0  # α of eq. (9), on log d²
-    label_weight: NonNegative = 10.0  # β of eq. (9), on the cross-entropy; 0: no label is seen
+    label_weight: NonNegative = 10.0  # β of eq. (9), on the cross-entropy; 0: no labels
     mean_init: NonNegative = 0.1  # scale of the initial means
 
     def __post_init__(self):
@@ -93,7 +93,7 @@ class Config(Task):
 
     @property
     def codes_per_batch(self) -> int:
-        """How many codes of a batch the distance sees; over K this is N_c, from which γ follows."""
+        """The number of codes of a batch in the distance. Divided by K it is N_c, which gives γ."""
         return self.batch_unlabelled + (self.labelled_per_batch if self.loss_over == "all" else 0)
 
     def build(self) -> nn.Module:
@@ -101,21 +101,21 @@ class Config(Task):
 
 
 class Batch(NamedTuple):
-    """What a training step gets. Images in [0, 1]."""
+    """The input of a training step. Images are floats in [0, 1]."""
 
     unlabelled: Tensor  # (n, C, H, W)
     labelled: Tensor  # (m, C, H, W)
     labels: Tensor  # (m,)
     m1_alone: bool  # m1m2.py's first phase
-    noise: torch.Generator  # for systems that draw; its own for each step, on the device
+    noise: torch.Generator  # for systems that draw; another one for each step, on the device
 
 
 def train_step(
     model: SeGMA, optimizer: torch.optim.Optimizer, batch: Batch, precision: str = "fp32"
 ) -> dict[str, Tensor]:
-    """One step of Sec. V down eq. (9): encoder, decoder and means move, the priors stay.
+    """One step of Sec. V down eq. (9). It moves encoder, decoder and means; the priors are fixed.
 
-    Returns the terms of eq. (9) and the gradient's norm before clipping, scalars on the device.
+    Returns the terms of eq. (9) and the norm of the gradient before clipping, scalars on the device.
     """
     terms = model.loss(batch.unlabelled, batch.labelled, batch.labels, precision)
     return {**terms, "grad_norm": descend(terms["loss"], optimizer, model.config)}
@@ -137,10 +137,10 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, config: Task) -> Ten
 
 
 def for_data(config: Task, data: Dataset, seed: int) -> tuple[Task, Tensor]:
-    """The config with as many components as the data have classes, where it left that open; and the labelled images.
+    """The config, with K filled in from the data if it was null, and the labelled images.
 
-    They are indices of training images, none where neither the loss nor the priors have a use for labels.
-    Raises UserError where config and data do not fit.
+    The images are indices of training images; none if neither the loss nor the priors use labels.
+    Raises UserError if config and data do not fit together.
     """
     n, images, known, wrong = data.n_classes, len(data.train_images), torch.arange(0), {}
     config = replace(config, n_components=config.n_components or n)
@@ -159,7 +159,7 @@ def for_data(config: Task, data: Dataset, seed: int) -> tuple[Task, Tensor]:
 
 
 def train(config: Task, options: run.Options, step: Callable[..., dict[str, Tensor]] = train_step) -> Path:
-    """Train, or resume, one run; returns its folder. step: of the system that the config builds, as `train_step`."""
+    """Train or resume one run; returns its folder. step: the training step of the system that the config builds."""
     device = run.set_up(options)
     data = load(config.dataset, options.data, options.unofficial_data)
     config, known = for_data(config, data, options.seed)
@@ -170,13 +170,13 @@ def train(config: Task, options: run.Options, step: Callable[..., dict[str, Tens
 
     torch.manual_seed(seed)
     model = config.build().to(device)
-    if isinstance(model, SeGMA) and config.n_components == n_classes > 1:  # Sec. V; else one component, p = 1
+    if isinstance(model, SeGMA) and config.n_components == n_classes > 1:  # Sec. V; otherwise one component, p = 1
         model.priors.copy_(torch.bincount(known_labels, minlength=n_classes) / config.n_labels)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
     replayed = graph.replayed(
         lambda batch: step(model, optimizer, batch, options.precision), [optimizer], options.graph
     )
-    steps = len(images) // config.batch_unlabelled  # the few images left over come in with another epoch's order
+    steps = len(images) // config.batch_unlabelled  # an epoch leaves out the last few of its random order
     with run.Run("segma", config, options, data.provenance(), device) as r:
         r.resume(model, {"adam": optimizer}, steps)
         while r.epoch < config.epochs:
@@ -203,7 +203,7 @@ def train(config: Task, options: run.Options, step: Callable[..., dict[str, Tens
 
 
 def save_samples(model: GenerativeModel, path: Path, seed: int) -> None:
-    """Ten samples of each component, one row a component, always from the same noise."""
+    """Save ten samples of each component, one row per component, always from the same noise."""
     k = len(model.priors)
     noise = torch.randn(k, 10, model.config.latent_dim, generator=run.generator(seed, "samples")).to(model.device)
     rows = torch.arange(k, device=model.device).repeat_interleave(10)
