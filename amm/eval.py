@@ -89,8 +89,8 @@ def predictions(model: AMM, inferred: Inferred, labels: Tensor, n_classes: int) 
     has at most one cluster. SAMM: component k is class k.
     Then what the paper claims in words. agreement: how often the two predictions agree. For the clusters by G_y:
     purity_of_k, the share of the largest class in cluster k; purity, its mean; least_purity, its minimum;
-    noise_clusters; empty_clusters; fewest_clusters, the minimum over classes of the number of clusters they dominate.
-    Without labels (n_classes 1) there are only agreement and empty_clusters.
+    noise_clusters; empty_clusters; fewest_clusters, the number of clusters in which a class is the largest, at its
+    minimum over the classes. Without labels (n_classes 1) there are only agreement and empty_clusters.
     """
     k, found = model.config.n_components, {}
     both = {"": model.by_bayes(inferred.z), "_g_y": inferred.h.argmax(1)}
