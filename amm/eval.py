@@ -20,7 +20,7 @@ from common.metrics import contingency, error_rate
 
 STEPS = 9  # images from one test image to another
 EMBEDDED = 2_000  # test images of the t-SNE projection
-COURSE = {  # a column of the log: its title in training.png; errors are on validation images, else on test images
+COURSE = {  # a column of the log: its title in training.png; an error is on validation images unless it says test
     "test_error": "test error by eq. (19), %",
     "validation_error": "validation error by eq. (19), %",
     "validation_error_g_y": "validation error by G_y, %",
@@ -87,10 +87,10 @@ def predictions(model: AMM, inferred: Inferred, labels: Tensor, n_classes: int) 
 
     AMM: errors by eq. (17), where each cluster stands for its most frequent class, and (_one_to_one) where each class
     has at most one cluster. SAMM: component k is class k.
-    Then the paper's claims in words. agreement: how often the two predictions agree. Of the clusters by G_y: purity,
-    least_purity and purity_of_k, the share of a cluster's largest class; noise_clusters; empty_clusters;
-    fewest_clusters, the smallest number, over classes, of clusters in which the class is the largest.
-    Without labels (n_classes 1) there are only agreement and empty_clusters.
+    Then what the paper claims in words. agreement: how often the two predictions agree. For the clusters by G_y:
+    purity_of_k, the share of the largest class in cluster k; purity, its mean; least_purity, its minimum;
+    noise_clusters; empty_clusters; fewest_clusters, the number of clusters in which a class is the largest, at its
+    minimum over the classes. Without labels (n_classes 1) there are only agreement and empty_clusters.
     """
     k, found = model.config.n_components, {}
     both = {"": model.by_bayes(inferred.z), "_g_y": inferred.h.argmax(1)}

@@ -46,8 +46,8 @@ class InputDropout(nn.Module):
     p is exact to 2⁻¹⁶. In bf16 the factor 1 / (1 - p) is rounded to bf16: 1.25 is exact, 1.111 becomes 1.109.
     """
 
-    # A training step of `mnist` (100 images, one CPU thread) takes 450 ms, with nn.Dropout 577 ms, in fp32; in bf16 309
-    # and 454 ms (NOTES.md).
+    # A training step of `mnist` (100 images, one CPU thread) takes 450 ms in fp32 and 309 ms in bf16; with nn.Dropout
+    # it takes 577 and 454 ms (NOTES.md).
 
     def __init__(self, p: float):
         super().__init__()
@@ -94,7 +94,7 @@ def as_input(images: Tensor) -> Tensor:
 class Coupled(nn.Module):
     """One row of both streams, Tables 3 and 7: Leak(BN(y + z)) in the receiving stream, Leak(BN(own)) in the other.
 
-    In the tables y receives z, which is the factorisation q(z|x) q(y|x, z), eq. (7). Under eq. (6) z receives y.
+    In the tables the y stream receives z: the factorisation q(z|x) q(y|x, z), eq. (7). Under eq. (6) z receives y.
     """
 
     def __init__(self, inputs: int, layer: Layer, n_components: int, receiver: str, labelled: bool, pool: int = 1):
@@ -109,7 +109,7 @@ class Coupled(nn.Module):
         self.label = nn.Linear(n_components, channels) if labelled and receiver == "z" else None
 
     def forward(self, y: Tensor | None, z: Tensor, label: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
-        """Maps (B, C, H, W) of both streams.
+        """The next maps (B, C, H, W) of both streams.
 
         With a known label there is no G_y: its stream is not run, and its batch normalisation is not updated.
         """
@@ -457,7 +457,7 @@ class AMM(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode inside the block; afterwards the mode from before."""
+        """Evaluation mode inside the block; the previous mode returns after it."""
         training = self.training
         self.eval()
         try:
@@ -467,7 +467,7 @@ class AMM(nn.Module):
 
     @torch.no_grad()
     def infer(self, images: Tensor, batch: int = 500) -> Inferred:
-        """The Gaussians of h_y and z of images (N, C, H, W), uint8 or floats in [0, 1]; else ValueError."""
+        """The Gaussians of h_y and z for images (N, C, H, W), uint8 or floats in [0, 1]; others raise ValueError."""
         if images.dtype != torch.uint8 and not (images.is_floating_point() and ((images >= 0) & (images <= 1)).all()):
             range_found = f"{images.dtype} from {images.min():g} to {images.max():g}"
             raise ValueError(f"images: expected uint8, or floats in [0, 1]; found {range_found}")

@@ -15,7 +15,7 @@ from common.metrics import contingency, error_rate
 if TYPE_CHECKING:
     from amm.train import Split
 
-CHECKED = 5_000  # training images that judge an epoch if none are held out
+CHECKED = 5_000  # training images on which an epoch is evaluated if none are held out
 DIAGNOSED = 1_000  # images or sampled pairs in the diagnosis
 NEIGHBOURS = 5
 

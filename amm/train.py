@@ -27,7 +27,7 @@ SETS = {  # data set: image shape, classes (None: as many as the folder has)
     "svhn_extra": ((3, 32, 32), 10),
     "folder": ((1, 28, 28), None),
 }
-SVHN_TRAIN = 73_257  # svhn_extra begins with so many images of the train part
+SVHN_TRAIN = 73_257  # images of the train part, which are the first ones of svhn_extra
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Split(NamedTuple):
 
 
 def misfits(config: Config, n_classes: int) -> dict[str, str]:
-    """What `run.refuse` takes: SAMM needs one component per class and a label of each class. AMM needs neither."""
+    """The mistakes, for `run.refuse`: SAMM needs one component per class and a label of each class, AMM neither."""
     k, name, wrong = config.n_components, config.dataset, {}
     if not config.semi_supervised:
         return wrong

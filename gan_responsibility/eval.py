@@ -187,7 +187,7 @@ def metrics_of_runs(runs: Path) -> dict[str, list[dict[str, float]]]:
         experiment: [
             json.loads(path.read_text(encoding="utf-8"))["metrics"]
             for path in sorted((runs / "gan_responsibility" / experiment).glob("seed*/eval.json"))
-            if path.parent.name[4:].isdigit()  # no runs with changed fields
+            if path.parent.name[4:].isdigit()  # leaves out runs with changed fields
         ]
         for experiment in SYSTEMS.values()
     }
@@ -212,7 +212,7 @@ def figure_4(found: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    shown = ("_of_", "_after_")  # too many to print
+    shown = ("_of_", "_after_")  # names with these parts are too many to print
     run.evaluate_from("gan_responsibility", evaluate, argv, shown=lambda name: not any(part in name for part in shown))
 
 

@@ -245,7 +245,7 @@ class MixtureGAN(nn.Module):
     def decode(self, noise: Tensor, weights: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] from ε (B, D_z) and weights of the Gaussians (B, K).
 
-        A one-hot row of weights is one Gaussian; any other row of sum 1 is a place between them (Sec. 3.2).
+        A one-hot row of weights selects one Gaussian; any other row of sum 1 is a point between them (Sec. 3.2).
         """
         return self.generator(self.mixture.blend(noise, weights))
 
@@ -314,7 +314,7 @@ class Responsibility(MixtureGAN):
         return d_loss, g_loss, information
 
     def responsibilities(self, images: Tensor, batch: int = 500) -> Tensor:
-        """p(k|x), (N, K), float32 on the CPU, of images (N, C, H, W): uint8, or floats in [-1, 1]; else ValueError.
+        """p(k|x), (N, K), float32 on the CPU, of images (N, C, H, W). Raises ValueError unless uint8 or in [-1, 1].
 
         For the toy, of points (N, 2) in [-1, 1]². Batch normalisation uses its running statistics.
         """

@@ -95,7 +95,7 @@ class Batch(NamedTuple):
     """The input of a training step."""
 
     real: Tensor  # (M, C, H, W) in [-1, 1]
-    noise: torch.Generator  # another one for each step, on the device
+    noise: torch.Generator  # a new one for each step, on the device
 
 
 # --------------------------------------------------------------------------------------------------------- Algorithm 1
@@ -127,7 +127,7 @@ def train_step(
     of_generator = g_loss + information if model.config.information_moves == "all" else g_loss
     of_generator.backward(inputs=players["generator"], retain_graph=True)  # line 12: G, μ and A through the fakes
     of_classifier, by_classifier = g_loss + information, players["classifier"]
-    if model.config.classifier_moves_encoder:  # by C's losses only: they take D's verdicts on the fakes as fixed
+    if model.config.classifier_moves_encoder:  # C's losses move it, with D's outputs on the fakes held fixed
         verdicts = on_fakes.detach().view(m, k)
         of_classifier = model.losses(on_real, verdicts, logits_of_fakes.view(m, k, k), alpha)[1] + information
         by_classifier = [*by_classifier, *model.encoder.parameters()]  # added to the gradient of D's loss, line 11
@@ -169,7 +169,7 @@ def train(config: Task, options: run.Options, step: Callable = train_step) -> Pa
     )
     steps = -(-len(images) // config.batch)
     if len(images) % config.batch == 1:
-        steps -= 1  # one image alone has no batch statistics
+        steps -= 1  # skip a last batch of one image: it has no batch statistics
     with run.Run("gan_responsibility", config, options, whole.provenance(), device) as r:
         r.resume(model, optimizers, steps)
         while r.epoch < config.epochs:
@@ -235,7 +235,7 @@ def thinned(labels: Tensor) -> Tensor:
 
 
 def scores_of_epoch(model: MixtureGAN, data: Dataset, scorer: Scorer | None, seed: int) -> dict[str, float]:
-    """What the log has after an epoch besides the losses. With a C: how well p(k|x) fits the classes of test images.
+    """What the log has after an epoch besides the losses. For a model with C: how p(k|x) fits the test images' classes.
 
     scorer: computes Table 6's scores; None in epochs without them.
     """
@@ -250,16 +250,16 @@ def scores_of_epoch(model: MixtureGAN, data: Dataset, scorer: Scorer | None, see
 
 
 def say_if_collapsed(rows: list[dict[str, float]]) -> None:
-    """Print a line if α has become uninformative in this epoch. rows: of the log."""
+    """Print a line if α has become uninformative in this epoch. rows: those of the log."""
     last, before = collapse(rows[-1]), collapse(rows[-2]) if len(rows) > 1 else ""
     if last and not before:
         print(f"epoch {rows[-1]['epoch']}: α says nothing of the {last}", flush=True)
 
 
 def collapse(row: dict[str, float]) -> str:
-    """The images on which α is uninformative, and how: one Gaussian has all of it, or every image has the same; or "".
+    """On which images α is uninformative: one Gaussian has all of it, or it is the same for every image. Else "".
 
-    row: of the log. It has α of the training batches and, at the end of the epoch, of the test images.
+    row: one of the log. It describes α on the training batches and, at the end of the epoch, on the test images.
     """
     for prefix, images in (("", "training"), ("test_", "test")):
         weight, information = row.get(f"{prefix}largest_weight", 0.0), row.get(f"{prefix}alpha_information", 1.0)

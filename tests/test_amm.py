@@ -35,12 +35,12 @@ def count(network) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def twice(*rows: tuple) -> list:  # each row of both streams
+def twice(*rows: tuple) -> list:  # each row twice, once per stream
     return [row for row in rows for _ in "yz"]
 
 
 def built(**values) -> AMM:
-    """A small AMM, or SAMM, whose weights are large enough to matter, with p(y) = PRIORS where K = 3."""
+    """A small AMM or SAMM with weights that are large enough to have an effect; p(y) is PRIORS if K = 3."""
     experiment = "samm-digits" if values.get("semi_supervised") else "digits"
     few = {"n_components": 3, "latent_dim": 4, "penalty": 10.0, **values}
     torch.manual_seed(2)
@@ -53,13 +53,13 @@ def built(**values) -> AMM:
 
 
 def gradients(model: AMM, precision: str = "fp32") -> dict[str, list[torch.Tensor]]:
-    """Each player's gradients in a training step on BATCH that moves nothing."""
+    """Each player's gradients in a training step on BATCH with learning rate 0."""
     players = model.players()
     train.train_step(model, {name: torch.optim.SGD(ps, lr=0.0) for name, ps in players.items()}, BATCH, precision)
     return {name: [p.grad for p in ps] for name, ps in players.items()}
 
 
-class Says(torch.nn.Module):  # a network that answers with a function of its inputs; parts: what it trains
+class Says(torch.nn.Module):  # a network that computes `function`; parts: its trainable modules
     def __init__(self, function, *parts):
         super().__init__()
         self.function, self.parts = function, torch.nn.ModuleList(parts)
@@ -68,7 +68,7 @@ class Says(torch.nn.Module):  # a network that answers with a function of its in
         return self.function(*given)
 
 
-def numbered(*numbers: int) -> torch.Tensor:  # images whose pixels are their numbers
+def numbered(*numbers: int) -> torch.Tensor:  # every pixel of an image has the image's number
     return torch.tensor(numbers, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, *MNIST).contiguous()
 
 
@@ -78,13 +78,13 @@ def of_images(images, labels, test_images, test_labels, classes: str = "01234567
 
 # ---------------------------------------------------------------------------------------------- Tables 3 to 10, as data
 
-COUNTS = {  # encoder, G_z(y), decoder, D for K = 10, 20, 30
+COUNTS = {  # parameters of the encoder, G_z(y), the decoder and D for K = 10, 20, 30
     MNIST: [(412_436, 9_280, 402_818, 341_057), (415_016, 9_920, 404_098, 341_697),
             (417_596, 10_560, 405_378, 342_337)],
     SVHN: [(1_865_620, 1_408, 6_316_550, 1_947_841), (1_867_560, 2_688, 6_321_670, 1_948_801),
            (1_869_500, 3_968, 6_326_790, 1_949_761)],
 }  # fmt: skip
-SHARED = {  # Secs. 4, 4.2, 4.3; eqs. (7) to (9), (18); what the paper is silent on is off
+SHARED = {  # Secs. 4, 4.2, 4.3; eqs. (7) to (9), (18); switches that the paper does not have are off
     "n_components": 10, "latent_dim": 64, "factorisation": "eq7", "y_noise": "learned", "y_samples": 1,
     "semi_supervised": False, "n_labels": 1000, "labels": "random", "penalty_norm": "joint", "penalty_ends": "joints",
     "discriminator_dropout": "printed", "learning_rate": 2e-4, "discriminator_learning_rate": None, "decay_from": None,
@@ -95,7 +95,7 @@ OF_DATA = {  # Secs. 4, 4.1, Tables 4 and 8; ledger 8, 9, 10 and 23
     "svhn": {"penalty": 0.01, "validation": 10_000, "held_out": "last", "variance": "learned", "epochs": 100},
     "digits": {"penalty": 1.0, "validation": 100, "batch": 32, "learning_rate": 1e-3, "epochs": 150},
 }  # fmt: skip
-LONG = {"batch": 100, "epochs": 546}  # of 550 steps: 300,300 iterations
+LONG = {"batch": 100, "epochs": 546}  # 550 steps per epoch: 300,300 iterations
 NONOISE = {"y_noise": "none", "penalty": 1.0, "learning_rate": 1e-3, "epochs": 35}  # ledger 25
 DEPARTURES = {
     "mnist": {}, "digits": {}, "svhn-k10": {}, "mnist-nonoise": NONOISE,
@@ -111,19 +111,19 @@ DEPARTURES = {
 
 @pytest.mark.parametrize("experiment", run.experiments("amm"))
 def test_the_experiments_are_the_papers(experiment):
-    """Every value of their YAML, and the networks they build: counts, with both factorisations, and initial weights."""
+    """Every value of their YAML; the networks' parameter counts, with both factorisations, and initial weights."""
     c = run.experiment_config("amm", experiment)
     expected = SHARED | {"dataset": c.dataset} | OF_DATA[c.dataset] | DEPARTURES[experiment]
     assert dataclasses.asdict(c) == expected and c.dataset in experiment
     encoder, *others = COUNTS[c.shape][c.n_components // 10 - 1]
     if c.y_noise == "none":
-        encoder -= 128 * 10 + 10  # Table 3's y_σ
+        encoder -= 128 * 10 + 10  # without Table 3's y_σ
     model = c.build()
     expected = dict(zip(NAMES, (encoder, *others), strict=True))
     expected |= {"averaged": sum(expected.values())} if c.averaged_weights else {}
     assert {name: count(network) for name, network in model.named_children()} == expected
     eq_6 = count(dataclasses.replace(c, factorisation="eq6").build().encoder)
-    assert eq_6 > encoder if c.semi_supervised else eq_6 == encoder  # a label enters by layers of its own
+    assert eq_6 > encoder if c.semi_supervised else eq_6 == encoder  # the label has layers of its own
     for module in model.modules():
         if isinstance(module, (*CONV, DENSE)):
             assert module.bias.abs().max() == 0
@@ -131,7 +131,7 @@ def test_the_experiments_are_the_papers(experiment):
 
 
 D, IMAGES_32 = 0.2, [(96, 32), (96, 32), (96, 32), (192, 16), (192, 16), (192, 16), (384, 6)]
-LAYERS = {  # of each convolution or dense layer, as called: (channels, side) of its output; dropout on its input
+LAYERS = {  # for convolutions and dense layers in call order: (channels, side) of the output; dropout on the input
     ("encoder", MNIST): (twice((32, 27), (32, 13), (64, 6), (64, 4), (128, 1), (10, 1), (64, 1)), [D] * 10 + [0] * 4),
     ("components", MNIST): ([(64, 1)] * 3, [0, D, 0]),
     ("decoder", MNIST): (twice((128, 1), (64, 4), (64, 6), (32, 13), (32, 27), (1, 28)), [0, 0] + [D] * 10),
@@ -148,7 +148,7 @@ LAYERS = {  # of each convolution or dense layer, as called: (channels, side) of
 
 
 def inputs(name: str, shape: tuple, n: int) -> tuple[torch.Tensor, ...]:
-    x, y, z = (torch.rand(n, *s, dtype=torch.float64) + 0.1 for s in (shape, (10,), (64,)))  # nothing is 0 by itself
+    x, y, z = (torch.rand(n, *s, dtype=torch.float64) + 0.1 for s in (shape, (10,), (64,)))  # 0 only by dropout
     return {"encoder": (x,), "components": (y,), "decoder": (y, z), "discriminator": (x, y, z)}[name]
 
 
@@ -187,7 +187,7 @@ def test_dropout_drops_the_stated_share_and_keeps_the_mean(x):
     if x.numel() > 5000:
         assert abs((first == 0).float().mean().item() - 0.2) < 4 * math.sqrt(0.16 / x.numel())
         assert not torch.equal(first, second)
-        neighbours = (first.flatten()[1:] * first.flatten()[:-1]).mean().item()  # 1 where entries are independent
+        neighbours = (first.flatten()[1:] * first.flatten()[:-1]).mean().item()  # about 1 if entries are independent
         assert abs(neighbours - 1) < 0.05
     torch.manual_seed(0)
     assert torch.equal(dropout(x), first)
@@ -195,7 +195,7 @@ def test_dropout_drops_the_stated_share_and_keeps_the_mean(x):
 
 
 def settled(network):
-    """In evaluation mode, with weights and running statistics that are not the neutral ones; and all values by name."""
+    """The network in evaluation mode, with random weights and running statistics; and all these values by name."""
     g = torch.Generator().manual_seed(6)
     for name, value in network.double().state_dict().items():
         if value.is_floating_point():
@@ -221,7 +221,7 @@ def layers_of(w, prefix: str, dims=(2, 4)) -> list[str]:
 
 
 def images_32(x, w, normed):
-    """x_1 to x_7 of Tables 7 and 10: channels, width and activation as the rows say; pooling after x_3 and x_6."""
+    """x_1 to x_7 of Tables 7 and 10: channels, width and activation as in the rows; pooling after x_3 and x_6."""
     layers = layers_of(w, "shared." if normed else "x.", (4,))
     norms = [key.removesuffix(".running_mean") for key in w if key.startswith("shared.") and "running_mean" in key]
     for i in range(7):
@@ -232,7 +232,7 @@ def images_32(x, w, normed):
 
 
 def encoder_of(w, shape, receiver, x):
-    """Tables 3 and 7: y receives the z stream; under eq. (6) z receives y's."""
+    """Tables 3 and 7: the y stream receives z; under eq. (6) the z stream receives y."""
     y = z = x if shape == MNIST else images_32(x, w, True)[0]
     for i, stride in enumerate([1, 2, 2, 1, 1] if shape == MNIST else [1, 1]):
         own_y, own_z = affine(y, w, f"rows.{i}.y", stride), affine(z, w, f"rows.{i}.z", stride)
@@ -244,7 +244,7 @@ def encoder_of(w, shape, receiver, x):
 
 
 def decoder_of(w, shape, receiver, y, z):
-    """Tables 5 and 9: y_n + z_n, normalised, without activation; z's own with."""
+    """Tables 5 and 9: y is the normalised sum y + z without activation; z is normalised alone and activated."""
     y, z = y[:, :, None, None], z[:, :, None, None]
     for i, stride in enumerate([1, 1, 1, 2, 2, 1] if shape == MNIST else [1, 1, 1, 2, 1, 2]):
         y, z = affine(y, w, f"y.{i}", stride, up=True), affine(z, w, f"z.{i}", stride, up=True)
@@ -268,7 +268,7 @@ def discriminator_of(w, shape, receiver, x, y, z):
 
 
 def components_of(w, shape, receiver, y):
-    """Tables 4, whose variance is 1, and 8, which has no layers in between."""
+    """Table 4, where the variance is 1, and Table 8, which has no hidden layers."""
     for i in (1, 5) if shape == MNIST else ():
         y = leak(norm(affine(y, w, f"body.{i}"), w, f"body.{i + 1}"))
     mean = affine(y, w, "mean")
@@ -281,7 +281,7 @@ ORACLES = dict(zip(NAMES, (encoder_of, components_of, decoder_of, discriminator_
 @pytest.mark.parametrize("name, receiver", [*((name, "y") for name in NAMES), ("encoder", "z")])
 @pytest.mark.parametrize("shape", [MNIST, SVHN])
 def test_every_network_is_its_tables(name, receiver, shape):
-    """receiver: the stream that is given the other's; y under eq. (7), z under eq. (6)."""
+    """receiver: the stream that receives the other stream: y under eq. (7), z under eq. (6)."""
     switch = {"factorisation": {"y": "eq7", "z": "eq6"}[receiver]}
     model = run.experiment_config("amm", "mnist" if shape == MNIST else "svhn-k10", switch).build()
     network, w = settled(getattr(model, name))
@@ -293,7 +293,7 @@ def test_every_network_is_its_tables(name, receiver, shape):
 
 
 def test_the_losses_of_algorithms_1_and_2_by_hand():
-    """Of one game in nats; of two games the mean, because 1/M becomes 1/(2M)."""
+    """The losses of one game, in nats; those of two games are means, because 1/M becomes 1/(2M)."""
     rho = torch.tensor([0.4, -1.2, 2.0]), torch.tensor([0.3, -0.7, 1.1])
     other = torch.tensor([0.1, 2.5]), torch.tensor([-0.4, 0.9])
     q, p = (expit(part.double().numpy()) for part in rho)
@@ -312,11 +312,11 @@ def joints(*shapes, n: int = 5):
 
 @pytest.mark.parametrize("kind", ["joint", "each", "probability"])
 def test_the_penalty_of_a_linear_discriminator_in_closed_form(kind):
-    """Slope 1 is asked of (x, y, z) together, or of x, y and z each; of σ(D) it is σ' times the slope of D."""
+    """One norm of the slope in (x, y, z), or one in each of x, y and z. The slope of σ(D) is σ' times that of D."""
     g, seen = torch.Generator().manual_seed(0), []
     weights = [torch.randn(n, generator=g, dtype=torch.float64).requires_grad_() for n in (4, 3, 2)]
 
-    def linear(*points):  # its gradient is its weights everywhere
+    def linear(*points):  # its gradient equals its weights at every point
         seen.append(points)
         return sum(part.flatten(1) @ w for part, w in zip(points, weights, strict=True))
 
@@ -336,7 +336,7 @@ def test_the_penalty_of_a_linear_discriminator_in_closed_form(kind):
 
 @pytest.mark.parametrize("real", [False, True])
 def test_the_penalty_s_second_order_gradient_by_finite_differences(real):
-    """Of a smooth D, and of the paper's with convolutions, leaks and dropout, whose masks are the same each time."""
+    """For a smooth D, and for the paper's D (convolutions, leaky ReLUs, dropout) with the same masks in every call."""
     torch.manual_seed(3)
     weights = [torch.randn(n, dtype=torch.float64).requires_grad_() for n in ((9, 5), (5,))]
     smooth = lambda *joint: torch.tanh(torch.cat([part.flatten(1) for part in joint], 1) @ weights[0]) @ weights[1]  # noqa: E731
@@ -354,7 +354,7 @@ def test_the_penalty_s_second_order_gradient_by_finite_differences(real):
     penalty().backward()
     for p in parameters:
         flat, grad = p.detach().view(-1), p.grad.reshape(-1)
-        for index in [grad.abs().argmax()] if real else range(min(12, len(flat))):  # the entry that moves it most
+        for index in [grad.abs().argmax()] if real else range(min(12, len(flat))):  # the largest gradient
             flat[index] += 1e-6
             above = penalty().item()
             flat[index] -= 2e-6
@@ -364,7 +364,7 @@ def test_the_penalty_s_second_order_gradient_by_finite_differences(real):
 
 
 def samples(model, x, label=None):
-    """The listings' samples of one game, line by line, with nothing cut out of the graph."""
+    """The samples of one game, line by line as in Algorithms 1 and 2, without any detach."""
     y = F.one_hot(torch.multinomial(PRIORS, len(x), replacement=True), len(PRIORS)).float()
     mean, log_variance = model.components(y)
     z = mean + (log_variance / 2).exp() * torch.randn_like(mean)
@@ -388,7 +388,7 @@ SWITCHES = [
 @pytest.mark.parametrize("semi_supervised", [False, True])
 @pytest.mark.parametrize("switches", SWITCHES)
 def test_algorithms_1_and_2_replayed(semi_supervised, switches):
-    """One step against the listings' samples and formulas, λ = 10: losses, gradients, log, updates and their order."""
+    """One step against the printed samples and formulas, λ = 10: losses, gradients, log, updates and their order."""
     model = built(semi_supervised=semi_supervised, **switches)
     config, batch, d = model.config, BATCH, model.discriminator
     torch.manual_seed(5)
@@ -399,7 +399,7 @@ def test_algorithms_1_and_2_replayed(semi_supervised, switches):
     t = torch.rand(6 * len(games))
     points = []
     for j in range(3):
-        # By "sources" prior codes go with real images, and inferred ones with synthesized images.
+        # With "sources", real images have codes from the prior, and generated images have inferred codes.
         sides = (1, 0) if config.penalty_ends == "sources" and j else (0, 1)
         first, second = (torch.cat([game[i][j] for game in games]).detach() for i in sides)
         along = t.reshape(-1, *[1] * (first.dim() - 1))
@@ -409,7 +409,7 @@ def test_algorithms_1_and_2_replayed(semi_supervised, switches):
     flat = [slope.flatten(1) for slope in torch.autograd.grad(at.sum(), points, create_graph=True)]
     asked = flat if config.penalty_norm == "each" else [torch.cat(flat, 1)]
     penalty = sum((part.norm(dim=1) - 1).pow(2).mean() for part in asked)
-    halves = 0.5 if semi_supervised else 1.0  # 1 / 2M for 1 / M
+    halves = 0.5 if semi_supervised else 1.0  # 1 / (2M) instead of 1 / M
     right = sum(-part.log().mean() for part in (*rho[::2], *(1 - p for p in rho[1::2])))
     losses = {
         "discriminator": halves * right + 10 * penalty,
@@ -441,7 +441,7 @@ def test_algorithms_1_and_2_replayed(semi_supervised, switches):
 @pytest.mark.parametrize("shape, channels", [(MNIST, 32), (SVHN, 192)])
 @pytest.mark.parametrize("receiver", ["y", "z"])
 def test_a_known_label_enters_z_alone(shape, channels, receiver):
-    """Where the y stream says nothing z is as without labels; under eq. (6) alone a label adds its own map."""
+    """If the y stream is 0, z is the same with and without labels. Only under eq. (6) does a label add its own map."""
     torch.manual_seed(0)
     encoder = Encoder(shape, 3, 64, receiver, labelled=True).eval().requires_grad_(False)
     for row in encoder.rows:
@@ -451,7 +451,7 @@ def test_a_known_label_enters_z_alone(shape, channels, receiver):
     none, known = encoder(x, label)
     assert none is None and (row.label is not None) == (receiver == "z")
     torch.testing.assert_close(encoder(x)[1], known)
-    if receiver == "z":  # a bias of the label's map is one of z's own
+    if receiver == "z":  # a bias of the label's map acts like a bias of z
         shift = torch.randn(channels)
         row.label.bias.copy_(shift)
         shifted = encoder(x, label)[1]
@@ -482,7 +482,7 @@ def test_the_labelled_game_leaves_the_statistics_of_g_y_alone(factorisation):
 
 
 def test_a_short_run_finds_two_clusters():
-    """Algorithm 1, with its penalty, in the plane. Untrained, or with any loss's sign changed, it misses a bound."""
+    """Algorithm 1 with its penalty, in the plane. Without training, or with a wrong sign of any loss, a bound fails."""
     model = train.Config(dataset="digits", n_components=2, latent_dim=2, penalty=1.0).build()
     torch.manual_seed(0)
 
@@ -513,7 +513,7 @@ def test_a_short_run_finds_two_clusters():
 
 
 def test_eq_19_against_scipy():
-    """Also through the model: with p(y) of its own, under its own mixture, of codes and of images."""
+    """Densities and classes of codes; then the model's predictions for codes and images, with the same mixture."""
     g = torch.Generator().manual_seed(0)
     means, log_variances = torch.randn(3, 2, generator=g), 0.5 * torch.randn(3, 2, generator=g)
     z, priors = torch.randn(40, 2, generator=g), torch.tensor([0.7, 0.2, 0.1])
@@ -534,7 +534,7 @@ def test_eq_19_against_scipy():
 
 
 def test_images_in_and_out():
-    """uint8 is floats in [0, 1] times 255; anything else is refused; nothing is drawn, and the mode stays as it was."""
+    """uint8 images and floats in [0, 1] agree; others are refused. Inference draws nothing and restores the mode."""
     model, images = built(), torch.randint(0, 256, (4, *MNIST), dtype=torch.uint8)
     for a, b in zip(model.infer(images), model.infer(images / 255, batch=3), strict=True):
         torch.testing.assert_close(a, b)
@@ -569,8 +569,8 @@ def test_both_mappings_of_eq_17_by_brute_force():
         assert scores.one_to_one_error(table) == pytest.approx(100 * (1 - right / 60), abs=1e-4)
 
 
-# Figure 3d: rows are classes, columns the 30 clusters. The last row's text has 31 numbers, and one of the first 15 is
-# too many: a 3 is left out here. Without its last number instead, 566 and 731 would lie in clusters of other classes.
+# Figure 3d: rows are classes, columns are the 30 clusters. The last row is printed with 31 numbers. One of its first 15
+# is too many: a 3 is left out here. Leaving out the last number would put 566 and 731 into clusters of other classes.
 FIGURE_3D = """
 40 0 2 3 0 262 0 0 1 2 7 0 635 6 43 0 2 4 3 22 0 9 0 0 3 49 4 23 608 6
 688 1 864 9 1 101 3 1 9 3 6 7 7 2 2 1 23 2 1307 695 1 26 1 620 1 25 1 467 19 5
@@ -586,17 +586,17 @@ FIGURE_3D = """
 
 
 def test_the_paper_s_own_matrix_needs_the_many_to_one_mapping():
-    """Printed above it is ACC 0.7985; the matrix as it can be read gives 0.797 many-to-one and 0.36 one-to-one."""
+    """The paper prints ACC 0.7985 above it. As transcribed, it gives 0.797 many-to-one and 0.36 one-to-one."""
     table = torch.tensor([int(x) for x in FIGURE_3D.split()]).double().view(10, 30).T
     assert 100 - scores.many_to_one_error(table) == pytest.approx(79.85, abs=0.2)
     assert 100 - scores.one_to_one_error(table) == pytest.approx(36, abs=0.5)
-    purity = table.amax(1) / table.sum(1)  # what the published numbers say of it
+    purity = table.amax(1) / table.sum(1)  # the numbers of claims.csv for this matrix
     assert purity.mean().item() == pytest.approx(0.844, abs=5e-4) and (purity < 0.5).sum() == 4
     assert table.argmax(1).bincount(minlength=10).min() == 2
 
 
 def test_slopes_of_a_discriminator_that_is_no_plane():
-    """Half the sum of squares has the point itself for a gradient. The model is left as it was, without gradients."""
+    """The gradient of half the sum of squares is the point itself. The model keeps its mode and gets no gradients."""
     model, weight = built(), torch.nn.Parameter(torch.ones(()))
 
     def half_squares(*points):
@@ -613,7 +613,7 @@ def test_slopes_of_a_discriminator_that_is_no_plane():
 
 
 def test_the_diagnosis_by_hand():
-    """σ_y and the spread of μ_y; G_y, which takes component 1 for 2, asked about what G_x makes of each component."""
+    """σ_y and the spread of μ_y; and `cycle` for a G_y that takes the samples of component 1 for those of 2."""
     value = torch.tensor([0.0, 1.0] * 6)
     log_variance = torch.tensor([0.0, 2 * math.log(4)]).expand(12, 2)
     found = scores.label_noise(Inferred(torch.stack([value, 3 * value], 1), log_variance, value, value))
@@ -639,7 +639,7 @@ def test_the_neighbour_error_against_scikit_learn(monkeypatch):
 
 
 def answering(monkeypatch, g_y, by_bayes, **values) -> AMM:
-    """A model that puts numbered images 0, 1, … into these clusters, by G_y and by eq. (19); z is the number."""
+    """A model that puts image i into cluster g_y[i] by G_y and cluster by_bayes[i] by eq. (19); its z is i."""
     model = built(**values)
     h, of_bayes = F.one_hot(torch.as_tensor(g_y), model.config.n_components).float(), torch.as_tensor(by_bayes)
 
@@ -653,11 +653,11 @@ def answering(monkeypatch, g_y, by_bayes, **values) -> AMM:
 
 
 def test_the_numbers_of_an_evaluation(monkeypatch, tmp_path):
-    """Test images 0 to 7, of classes 0 0 1 1 2 2 0 1, are in clusters 0 0 1 1 3 3 3 3 by G_y: half of 3 is of class 2.
+    """By G_y, test images 0 to 7 (classes 0 0 1 1 2 2 0 1) are in clusters 0 0 1 1 3 3 3 3: half of 3 is of class 2.
 
-    By eq. (19) images 6 and 7 leave it for clusters 0 and 4. Validation images 8 to 11, of classes 0 1 2 2, share a
-    cluster of which 2 is one half; by eq. (19) image 9 is in another. Of five clusters two are empty.
-    The averaged weights say of image i what the others say of 7 - i.
+    By eq. (19), images 6 and 7 are in clusters 0 and 4 instead. Validation images 8 to 11 (classes 0 1 2 2) share a
+    cluster, half of it of class 2; by eq. (19), image 9 is in another. Two of the five clusters have no test image.
+    The averaged weights predict for image i what the other weights predict for image 7 - i.
     """
     rows = [{"validation_error": v, "test_error": t} for v, t in ((7.0, 30.0), (5.0, 50.0), (6.0, 20.0))]
     by_g_y, by_bayes = [0, 0, 1, 1, 3, 3, 3, 3, 2, 2, 2, 2], [0, 0, 1, 1, 3, 3, 0, 4, 2, 1, 2, 2]
@@ -696,7 +696,7 @@ def test_the_numbers_of_an_evaluation(monkeypatch, tmp_path):
 
 
 def test_what_the_log_says_after_an_epoch(monkeypatch):
-    """Of ten images one is wrong by argmax G_y and two by eq. (19); of the test images, 10 to 19, half by eq. (19)."""
+    """One of ten images is wrong by argmax G_y and two by eq. (19), as are half of the test images, 10 to 19."""
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 0, 1, 2, 2])
     by_g_y, by_bayes = [0, 0, 1, 1, 3, 3, 0, 1, 4, 1] + [0] * 10, [0, 0, 1, 1, 3, 3, 0, 3, 4, 1] + [0] * 10
     model, images = answering(monkeypatch, by_g_y, by_bayes, n_components=5), numbered(*range(10))
@@ -716,7 +716,7 @@ def test_what_the_log_says_after_an_epoch(monkeypatch):
 
 
 def test_what_the_figures_show(monkeypatch, tmp_path):
-    """Every picture's images, counts and points from codes that tell which image they are of."""
+    """The images, counts and points of every figure; the code of an image is its number."""
     by_g_y, by_bayes = torch.tensor([i % 3 if i % 7 else 2 for i in range(40)]), torch.arange(40) % 2
     model, labels = answering(monkeypatch, by_g_y, by_bayes), torch.arange(40) % 10
     data, shown, decoded = of_images(numbered(99), labels[:1], numbered(*range(40)), labels), {}, []
@@ -740,7 +740,7 @@ def test_what_the_figures_show(monkeypatch, tmp_path):
         table, _, title = shown[name][:3]
         assert torch.equal(table, contingency(clusters, labels, 3, 10))
         assert title.endswith(f"ACC {table.amax(1).sum().item() / 40:.4f}")
-    real, made = values["reconstructions"].reshape(4, 2, 10).unbind(1)  # lines of ten, reconstructions below each
+    real, made = values["reconstructions"].reshape(4, 2, 10).unbind(1)  # rows of ten, reconstructions below each
     assert len(real.unique()) == 40 and torch.equal(real, made)
     one_hot = model.infer(data.test_images).h.softmax(1)
     torch.testing.assert_close(decoded[0], (one_hot[real.flatten()], real.reshape(-1, 1).float()))
@@ -765,7 +765,7 @@ def test_t_sne_of_codes_that_are_one_point_or_on_a_line(z):
 
 
 def test_other_readings_of_test_time():
-    """Codes normalised batch by batch, and codes with their noise; the model stays as it was."""
+    """Codes with the statistics of each batch, and codes with noise. The model stays unchanged."""
     model, data = built(batch=6).eval(), train.load("digits", "data")
     encoder, images, x = model.encoder, data.test_images[:12], as_input(data.test_images[:12])
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
@@ -778,7 +778,7 @@ def test_other_readings_of_test_time():
         for module in encoder.modules():
             module.train(not isinstance(module, InputDropout))
         by_batch = [[mean for mean, _ in encoder(part)] for part in x.split(6)]
-        at_once, plain = [mean for mean, _ in encoder(x)], model.infer(images)  # all images as one batch; neither
+        at_once, plain = [mean for mean, _ in encoder(x)], model.infer(images)  # one batch; evaluation mode
     for mode, parts in (("batch_statistics", by_batch), ("sampled", noisy)):
         for code, wanted, *others in zip(found[mode], zip(*parts, strict=True), at_once, plain[::2], strict=True):
             torch.testing.assert_close(code, torch.cat(wanted))
@@ -826,7 +826,7 @@ def test_of_svhn_extra_only_train_is_held_out_and_labelled(monkeypatch):
 
 
 def test_the_order_the_noise_and_the_labels_of_two_epochs(monkeypatch, tmp_path):
-    """50 images in batches of 8: 6 steps. No noise comes twice; each epoch has an order; labels are their images'."""
+    """50 images in batches of 8: 6 steps. No noise repeats; each epoch has a new order; images keep their labels."""
     labels = torch.randint(10, (60,), generator=torch.Generator().manual_seed(0))
     data, batches, noise = of_images(numbered(*range(60)), labels, numbered(*range(20)), labels[:20]), [], []
     config = few_steps("samm-digits", epochs=2, batch=8, n_labels=30, labels="random")
@@ -872,9 +872,9 @@ def few_steps(experiment: str, **values) -> train.Config:
 
 @pytest.mark.parametrize("experiment, batch", [("mnist", 10), ("samm-mnist", 10), ("svhn-k10", 5)])
 def test_the_loop_s_steps_are_plain_adam_s(experiment, batch, tiny, tmp_path, monkeypatch):
-    """The loop's model and optimisers against contiguous weights and Adam without fusing, in float64."""
+    """The loop's steps against those with contiguous weights and an Adam that is not fused, in float64."""
     own, kept = train.train_step, {}
-    monkeypatch.setattr(InputDropout, "forward", lambda self, x: x)  # its masks are drawn in the layout of its input
+    monkeypatch.setattr(InputDropout, "forward", lambda self, x: x)  # its masks depend on the memory layout
     monkeypatch.setattr(train.Config, "build", lambda self: AMM(self).double())
     monkeypatch.setattr(train, "as_input", lambda images: images.double() / 255)
     monkeypatch.setattr(train, "epoch_row", lambda *_: {})
@@ -906,7 +906,7 @@ ALL_ON = {
 
 @pytest.mark.parametrize("experiment", ["mnist", "samm-mnist"])
 def test_rates_that_fall_and_averaged_weights_and_both_after_a_stop(experiment, tiny, tmp_path, monkeypatch):
-    """8 steps, against NumPy: rates from the third on, weights averaged over 3 steps; a stopped run ends the same."""
+    """8 steps against NumPy: rates fall from the third on; averages over 3 steps; a stopped run ends the same."""
     own, rates, weights, limit = train.train_step, [], [], None
 
     def step(model, optimizers, *rest):
@@ -934,7 +934,7 @@ def test_rates_that_fall_and_averaged_weights_and_both_after_a_stop(experiment, 
     alone.load_state_dict({k[9:]: v for k, v in state["weights"].items() if k.startswith("averaged.")}, strict=False)
     assert torch.equal(alone.classify(data.test_images), model.averaged.classify(data.test_images))
     assert evaluation.evaluate(whole)["metrics"]["error_averaged"] == row["test_error_averaged"]
-    for limit in (3, 2):  # noqa: B007, for `step`: stopped in the second epoch, and in the third
+    for limit in (3, 2):  # noqa: B007, `step` reads it: stop in the second epoch, then in the third
         rates.clear()
         with pytest.raises(KeyboardInterrupt):
             train.train(config, stopped)
@@ -982,7 +982,7 @@ def test_two_steps_of_every_kind_of_experiment_and_its_evaluation(experiment, ti
 
 
 def test_images_without_labels(tiny, tmp_path, monkeypatch):
-    """One class is clustered, and what needs labels is left out; a single test image is refused."""
+    """Images of one class are clustered, and what needs labels is left out. A single test image is refused."""
     data, options = train.load("digits"), run.Options("digits", runs=tmp_path, device="cpu")
     none = {"train_labels": data.train_labels * 0, "test_labels": data.test_labels * 0, "class_names": ("all",)}
     loaded = dataclasses.replace(data, **none)

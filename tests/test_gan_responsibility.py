@@ -1,4 +1,4 @@
-"""GAN responsibility learning: counts, losses, who is moved by what, Algorithm 1 against a literal loop, whole runs."""
+"""GAN responsibility learning: counts, losses, what each loss trains, Algorithm 1 against a literal loop, full runs."""
 
 import csv
 import dataclasses
@@ -66,7 +66,7 @@ def test_the_experiments_are_the_papers(experiment):
 def test_the_counts_of_table_6(experiment):
     built = run.experiment_config("gan_responsibility", experiment).build()
     assert built.parameter_count_as_counted == TABLE_6[experiment][0]
-    # A stand-alone classifier that works has 1,024 -> 10 for its head, not the shared one's 32,768 -> 10.
+    # Table 6 counts the shared head, 32,768 -> 10. A stand-alone classifier needs a head of 1,024 -> 10 to work.
     assert built.parameter_count == (12_687_971 if experiment == "flowers10-standalone" else TABLE_6[experiment][0])
 
 
@@ -198,7 +198,7 @@ def test_the_class_entropy_by_hand():
     of_image = sum(map(entropy, ALPHA)) / 2
     assert model.class_entropy(torch.tensor(ALPHA), "batch").item() == pytest.approx(entropy(mean) / 3, rel=1e-5)
     assert model.class_entropy(torch.tensor(ALPHA), "image").item() == pytest.approx(of_image / 3, rel=1e-5)
-    for of in ("batch", "image"):  # α may be exactly 0
+    for of in ("batch", "image"):  # where α is exactly 0
         alpha = torch.tensor([[1.0, 0.0, 0.0]], requires_grad=True)
         value = model.class_entropy(alpha, of)
         value.backward()
@@ -238,7 +238,7 @@ def sgd(system, rate: float) -> dict[str, torch.optim.Optimizer]:
 
 
 def gradients(system, given: train.Batch, precision: str = "fp32") -> dict[str, list[torch.Tensor]]:
-    """Those of one training step that moves nothing."""
+    """The gradients of one training step with learning rate 0, by player."""
     train.train_step(system, sgd(system, 0.0), given, precision)
     return {player: [p.grad for p in several] for player, several in system.players().items()}
 
@@ -249,7 +249,7 @@ def batch(m: int = 4, seed: int = 5) -> train.Batch:
 
 
 def literal(system: Responsibility, given: train.Batch) -> dict[str, list[torch.Tensor]]:
-    """Algorithm 1 image by image and Gaussian by Gaussian, after all fakes: batch normalisation sees all of them."""
+    """Algorithm 1, one image and one Gaussian at a time. All fakes are made at once, for G's batch normalisation."""
     config = system.config
     m, k = len(given.real), config.components
     noise = torch.randn(m, k, config.latent_dim, generator=given.noise, dtype=torch.float64)
@@ -267,7 +267,7 @@ def literal(system: Responsibility, given: train.Batch) -> dict[str, list[torch.
 
     alphas = [classify(given.real[i : i + 1]).softmax(-1) for i in range(m)]
     entropies = {"left_out": [], "batch": [sum(alphas) / m], "image": alphas}[config.class_entropy]
-    d_value = g_value = g_by_alpha = 0.0  # the last: D's verdicts fixed
+    d_value = g_value = g_by_alpha = 0.0  # g_by_alpha: with D's outputs fixed
     information = sum((p * p.log()).sum() / k / len(entropies) for p in entropies)
     for i in range(m):
         alpha = alphas[i]
@@ -322,7 +322,7 @@ def test_the_batch_at_once_is_the_literal_loop(switches):
 
 @by_switches
 def test_who_is_moved_by_which_loss(switches, monkeypatch):
-    """Each loss alone, the others set to nothing: which player then has a gradient."""
+    """The players that have a gradient if one loss is kept and the others are multiplied by 0."""
     names = ("discriminator_loss", "generator_loss", "information_loss", "class_entropy")
     originals = {name: getattr(model, name) for name in names}
 
@@ -341,7 +341,7 @@ def test_who_is_moved_by_which_loss(switches, monkeypatch):
     assert moved("class_entropy") == ({"classifier"} | encoder if "class_entropy" in switches else set())
 
 
-OWNERS = {  # Algorithm 1, with μ and A beside G (ledger 2): network, whose it is
+OWNERS = {  # {network: its player} in Algorithm 1, with μ and A beside G (ledger 2)
     "encoder": "discriminator", "discriminator": "discriminator", "generator": "generator", "mixture": "generator",
     "classifier": "classifier",
 }  # fmt: skip
@@ -349,7 +349,7 @@ OWNERS = {  # Algorithm 1, with μ and A beside G (ledger 2): network, whose it 
 
 @pytest.mark.parametrize("module, values", [(train, {}), (gan, {"prior": "mixture"}), (gan, {"prior": "normal"})])
 def test_every_network_is_trained_by_its_own_player(module, values):
-    """μ and A too: every parameter once, and each moves in a step."""
+    """Every parameter, μ and A too, belongs to exactly one player and moves in a step."""
     system = built(small(module, **values))
     owned = [(id(p), player) for player, parameters in system.players().items() for p in parameters]
     assert len(owned) == len(dict(owned)) == len(list(system.parameters()))
@@ -375,7 +375,7 @@ def test_a_step_takes_all_gradients_before_it_moves_anything():
 
 
 def test_a_short_run_learns_the_responsibilities_of_two_clusters():
-    """Algorithm 1 on two clusters in the plane, eq. (4) with the target k. Chance: accuracy 0.5, samples 1 away."""
+    """Algorithm 1 on two clusters in the plane, eq. (4) with the target k. By chance: accuracy 0.5, samples 1 away."""
     torch.manual_seed(0)
     options = {"target": "component", "information_moves": "all"}
     system = train.Config(dataset="digits", n_components=2, latent_dim=2, **options).build()
@@ -468,13 +468,13 @@ def operations(function, *inputs) -> int:
 
 
 def test_nothing_is_computed_and_thrown_away():
-    """A backward pass costs two forward ones, or one to inputs alone. G: both ways. D and C: on fakes back to G too."""
+    """A backward pass costs two forward passes, or one to inputs only. G: 3. D and C: 3 on real images, 4 on fakes."""
     system, m, k = built(small()), 4, 3
     whole = operations(gradients, system, batch())
     of_g = operations(lambda: system.generator(system.mixture(torch.zeros(1, k, 4).double()).flatten(0, 1))) / k
     of_d_and_c = operations(system.forward_d_and_c, batch(1).real)
     assert whole == pytest.approx(m * (k * (3 * of_g + 4 * of_d_and_c) + 3 * of_d_and_c), rel=0.06)
-    # The information's way back to the fakes joins the adversarial loss's at D's features.
+    # The gradient of eq. (4) in the fakes is added to the adversarial one at D's features.
     assert whole < operations(gradients, built(small(information_moves="all")), batch()) < 1.02 * whole
 
 
@@ -483,7 +483,7 @@ def test_nothing_is_computed_and_thrown_away():
 
 def test_accuracy_and_weights_of_perfect_responsibilities():
     labels = torch.tensor([0, 0, 0, 1, 2, 2])
-    alpha = F.one_hot((labels + 1) % 3, 3).float()  # right, but for the names of the Gaussians
+    alpha = F.one_hot((labels + 1) % 3, 3).float()  # right up to a permutation of the Gaussians
     assert scores.clustering(alpha, labels, 3) == {"nmi": pytest.approx(1), "accuracy": 1}
     found = scores.mode_weights_against_classes(alpha, labels)
     assert max(found["weight_error"], found["weight_error_hard"]) < 1e-7
@@ -507,8 +507,8 @@ def test_purity_by_hand():
 
 
 def test_what_gaussians_generate(monkeypatch):
-    """The judge sees classes 1, 2 and 0, but 50 of Gaussian 0's 500 samples are of 0. C takes 0's samples for 1's."""
-    system, data = train.Config(dataset="digits", n_components=3).build(), toy.dataset()  # of three classes
+    """Gaussians 0, 1, 2 have classes 1, 2, 0, except 50 samples of Gaussian 0. C takes Gaussian 0's samples for 1's."""
+    system, data = train.Config(dataset="digits", n_components=3).build(), toy.dataset()  # both with three classes
     judge = classifier.Network((1, 28, 28), 3)
     monkeypatch.setattr(system, "sample", lambda weights, seed: weights.argmax(1) / 10)
     monkeypatch.setattr(system, "responsibilities", lambda x: F.one_hot((10 * x).round().long().clamp(min=1), 3))
@@ -533,7 +533,7 @@ def test_the_toy_is_three_gaussians():
 
 
 def test_the_best_scores_are_each_its_own_best_epoch(monkeypatch):
-    """Table 6 from a log, and the scores of an epoch: of samples by the training images' weights."""
+    """Table 6 from a log, and the scores of an epoch. The training images give the mixture's weights."""
     monkeypatch.setattr(evaluation, "SAMPLES", 7)
     monkeypatch.setattr(train, "SAMPLES", 6)
     log = {1: (2.0, 0.1, 90.0), 3: (2.9, 0.2, 80.0), 5: (2.5, 0.3, 70.0), 6: (2.4, 0.4, 75.0)}
@@ -570,7 +570,7 @@ def test_information_share():
     assert model.information_share(torch.tensor([[0.5, 0.5, 0.0]]).expand(7, 3)).item() == pytest.approx(0, abs=1e-7)
     assert model.information_share(torch.full((4, 5), 0.2)).item() == pytest.approx(0, abs=1e-6)
     assert model.information_share(torch.eye(5)).item() == pytest.approx(1)
-    mixed = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]])  # which half: one bit of two
+    mixed = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]])  # k tells which half: one bit of two
     assert model.information_share(mixed).item() == pytest.approx(0.5)
 
 
@@ -582,7 +582,7 @@ def test_the_way_from_one_gaussian_to_the_next():
 
 
 def test_what_the_pictures_show(monkeypatch, tmp_path):
-    """Samples of each Gaussian in a row of ten; the ways between Gaussians with one ε."""
+    """Ten samples of each Gaussian in a row; all images between Gaussians share one ε."""
     system, asked, shown = train.Config(dataset="digits", n_components=3, latent_dim=2).build(), [], {}
 
     def sample(weights, seed, same_noise=False):
@@ -632,8 +632,8 @@ def test_the_whole_mixture_is_sampled_by_the_mean_responsibilities(monkeypatch):
 
 @pytest.mark.parametrize("classifier", ["shared", "standalone"])
 def test_images_are_never_misread(classifier):
-    """uint8 images and the same ones as floats in [-1, 1] have the same p(k|x), whatever else is in their batch; other
-    floats are refused."""
+    """uint8 images and the same images as floats in [-1, 1] have the same p(k|x), in any batch. Other floats are
+    refused."""
     system = train.Config(dataset="digits", classifier=classifier, networks="as_printed").build()
     images = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images[0, 0, 0, :2] = torch.tensor([0, 255], dtype=torch.uint8)
@@ -726,7 +726,7 @@ def test_a_collapse_is_said_when_it_begins(capsys):
     assert "(one Gaussian has 10.0 % of α, k tells 0.10 % of log K)" in said(same)
     one = {"alpha_information": 0.02, "largest_weight": 0.995}
     assert "epoch 2: α says nothing of the training images (one Gaussian has 99.5 % of α" in said(alive, one)
-    # MNIST, seed 0, epoch 2: 78 % over the training batches, and one Gaussian for every test image
+    # MNIST, seed 0, epoch 2: one Gaussian has 78 % of α on the training batches and nearly all of it on test images
     last = {"alpha_information": 0.01007, "largest_weight": 0.78}
     of_test = said(last | {"test_alpha_information": 0.0016, "test_largest_weight": 0.992})
     assert "says nothing of the test images (one Gaussian has 99.2 % of α, k tells 0.16 % of log K)" in of_test
@@ -782,7 +782,7 @@ def test_two_steps_of_every_experiment_and_its_evaluation(experiment, tiny, tmp_
 
 
 def numbered(first: int, end: int) -> torch.Tensor:
-    """Image i is i everywhere."""
+    """Images `first` to `end` - 1. Every pixel of image i is i."""
     return torch.arange(first, end, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
 
 
@@ -792,7 +792,7 @@ def numbers(images: torch.Tensor) -> list[int]:
 
 @pytest.fixture
 def seen():
-    """Of each step the numbers of its images, its first noise and a weight; and a step that does nothing else."""
+    """Lists of each step's image numbers, first noise and one weight; and a step that only fills these lists."""
     steps, noises, weights = [], [], []
 
     def step(system, optimizers, given, *_):
@@ -807,7 +807,7 @@ def seen():
 
 @pytest.mark.parametrize("n, sizes", [(21, [8, 8, 5]), (17, [8, 8])])
 def test_the_loop_takes_every_image_once_an_epoch_in_a_new_order(n, sizes, tmp_path, monkeypatch, seen):
-    """But for one left alone. Each step has noise of its own; all is the seed's. The last epoch is scored too."""
+    """A last batch of one image is skipped. Noise and order depend on the seed. The last epoch is always scored."""
     steps, noises, weights, step = seen
     data = Dataset("digits", *[numbered(0, n), torch.arange(n)] * 2, tuple("0123456789"), "0", False)
     monkeypatch.setattr(train, "load", lambda *_: data)
@@ -827,7 +827,7 @@ def test_the_loop_takes_every_image_once_an_epoch_in_a_new_order(n, sizes, tmp_p
 
 
 def test_thinned_and_held_out_images(tmp_path, monkeypatch, seen):
-    """The counts; images keep their labels; held-out images are never trained on; the test images are not looked at."""
+    """Counts; images keep their labels; held-out images are never trained on and replace the test images."""
     labels = torch.arange(100) // 25
     data = Dataset("digits", numbered(0, 100), labels, numbered(100, 200), labels, tuple("0123456789"), "0", False)
     config = train.Config(dataset="digits", batch=4, epochs=1, latent_dim=2, thinned=True)
@@ -835,7 +835,7 @@ def test_thinned_and_held_out_images(tmp_path, monkeypatch, seen):
     for images, kept in ((few.train_images, few.train_labels), (few.test_images, few.test_labels)):
         assert kept.bincount().tolist() == [25, 13, 7, 25] and len({*numbers(images)}) == 70
         assert kept.tolist() == [i % 100 // 25 for i in numbers(images)]
-    assert numbers(few.train_images)[25:38] != [*range(25, 38)]  # drawn, not the first
+    assert numbers(few.train_images)[25:38] != [*range(25, 38)]  # random, not the first ones
     scored = []
     monkeypatch.setattr(train, "load", lambda *_: data)
     monkeypatch.setattr(train, "scores_of_epoch", lambda _, given, *rest: scored.append(given) or {})
@@ -845,7 +845,7 @@ def test_thinned_and_held_out_images(tmp_path, monkeypatch, seen):
     options = run.Options("digits", 3, runs=tmp_path, device="cpu")
     train.train(dataclasses.replace(config, validation=20), options, seen[-1])
     evaluation.evaluate(options)
-    assert scored[2] is data  # of the judge of the samples
+    assert scored[2] is data  # the samples' judge gets all data
     for given in scored[:2]:
         held, rest = numbers(given.test_images), numbers(given.train_images)
         assert len({*held}) == 20 and sorted(held + rest) == numbers(few.train_images)
@@ -895,7 +895,7 @@ def test_table_6_and_figure_4_with_weights(tiny, tmp_path, monkeypatch):
     ((label, (epochs, curve, _)),) = drawn[-1]["FID"].items()
     assert epochs == [1, 2] and curve == [row["fid"] for row in rows]
     assert label == f"encoder shared (1 seed): best {min(curve):.4g}, last {curve[-1]:.4g}"
-    # Training and all images are cached, but for the halves.
+    # Moments of training and of all images are cached; the halves need the features of all images again.
     assert sorted(len(images) for images in looked_at) == [4, 4, 14, 14, 40, 40, 40]
 
     def distance(a, b):
@@ -949,7 +949,7 @@ def test_a_run_that_was_cut_in_two_ends_with_the_same_bits(tiny, tmp_path):
 
 
 def test_the_command_line(tmp_path):
-    """The real one, once, on forty images of two digits; K is left to the folder."""
+    """The real commands, once each, on forty images of two digits. K is the number of classes in the folder."""
     data = load("digits", tmp_path)
     for label in (0, 1):
         (tmp_path / f"own/{label}").mkdir(parents=True)
@@ -970,7 +970,7 @@ def test_the_command_line(tmp_path):
 
 def test_published_csv_is_table_6_each_number_once():
     with open(run.ROOT / "gan_responsibility/published.csv", newline="", encoding="utf-8") as file:
-        entries = [e for e in csv.DictReader(file) if e["value"]]  # without one: what we measure beside the paper
+        entries = [e for e in csv.DictReader(file) if e["value"]]  # the others are our own measurements
     found = {(e["experiment"], e["metric"]): (float(e["value"]), float(e["spread"] or 0)) for e in entries}
     expected = {}
     for experiment, (parameters, score, distance) in TABLE_6.items():
