@@ -1,10 +1,10 @@
-"""GM-GAN: Gaussian Mixture GANs for diverse data sets. `load(folder)` gives a trained run."""
+"""GM-GAN: Gaussian Mixture GANs for diverse data sets. `load(folder)` returns a trained system."""
 
 from common import run
 
 
 def load(folder, device="cpu"):
-    """The system trained in `folder` (runs/gmgan/<experiment>/seed<k>), ready: weights loaded, in evaluation mode.
+    """Load the system trained in `folder` (runs/gmgan/<experiment>/seed<k>); it is in evaluation mode.
 
     Raises UserError if there is no such run or if it is damaged.
     """

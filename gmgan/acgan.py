@@ -3,7 +3,7 @@
     python -m gmgan.acgan mnist --seed 0 --data data
 
 The generator gets noise z ~ N(0, I) and a class c, one-hot. The discriminator says whether a sample is real (S) and of
-which class it is (C). D climbs L_S + L_C, G climbs L_C - L_S. Everything else is as in GM-GAN (ledger 12).
+which class it is (C). D maximises L_S + L_C, G maximises L_C - L_S. Everything else is as in GM-GAN (ledger 12).
 """
 
 import functools
@@ -23,7 +23,7 @@ from gmgan.train import Batch, GanConfig, Optimizers, descend, train
 class Config(GanConfig):
     @property
     def groups(self) -> int:
-        """How many groups samples come from: the classes."""
+        """The number of groups of samples: a group is a class."""
         return self.class_count
 
     def build(self) -> nn.Module:
@@ -31,7 +31,7 @@ class Config(GanConfig):
 
 
 class ACGAN(Gan):
-    """Generator of (z, c), and discriminator with 1 + N outputs: the logit of S, then those of C."""
+    """A generator with input (z, c), and a discriminator with 1 + N outputs: the logit of S, then the logits of C."""
 
     def __init__(self, config: Config):
         super().__init__(config, supervised=True)
@@ -56,7 +56,7 @@ class ACGAN(Gan):
         return F.softplus(-logits[:, 0] if real else logits[:, 0]).mean()
 
     def class_loss(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """-log P(C = c), mean over the batch. logits: (B, 1 + N), all but the first; classes: (B,)."""
+        """-log P(C = c), mean over the batch. logits: (B, 1 + N); all but the first are C. classes: (B,)."""
         return F.cross_entropy(logits[:, 1:], classes)
 
     def discriminator_loss(self, on_real: Tensor, on_fake: Tensor, labels: Tensor, classes: Tensor) -> Tensor:

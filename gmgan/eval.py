@@ -20,7 +20,7 @@ from gmgan.train import load_data
 
 SAMPLES = 10_000  # samples that are scored
 CURVE_SAMPLES = 5_000  # at each σ of Fig. 7
-PAIRS = 5_000  # random pairs of samples, whose MS-SSIM stands for all pairs
+PAIRS = 5_000  # random pairs of samples, whose mean MS-SSIM estimates that of all pairs
 MULTIPLIERS = toy.MULTIPLIERS  # the σ of Sec. 4.3: 0.5, 0.6 … 2.0
 SHOWN_MULTIPLIERS = toy.SHOWN_MULTIPLIERS  # the σ in Fig. 6
 SIGMA = "σ, factor on the covariance after training"
@@ -46,7 +46,7 @@ INCEPTION_SAMPLES = 50_000  # for Table 2, in 10 parts, as the authors of the sc
 
 
 def evaluate(options: run.Options) -> dict:
-    """Evaluate one run: its metrics, written to eval.json, and its figures."""
+    """Evaluate one run: write its metrics to eval.json and draw its figures."""
     device, folder = run.set_up(options), options.folder("gmgan")
     model, state = run.load_run("gmgan", folder, device, options.moved)
     _, data = load_data(model.config, options)
@@ -72,7 +72,7 @@ def evaluate(options: run.Options) -> dict:
 
 
 def on_images(model: Gan, data: Dataset, options: run.Options) -> tuple[dict[str, float], dict[str, str | None]]:
-    """Table 2, Table 3 and the curves of Figs. 2 and 7 for one run, and the digests of the networks that judged."""
+    """Table 2, Table 3 and the curves of Figs. 2 and 7 for one run, and the names of the networks that judged."""
     network, accuracy = classifier.trained(data, options.runs / "cache", model.device)
     print(f"features of {len(data.train_images):,} real images; scores of {SAMPLES:,} samples", flush=True)
     reference = classifier.features(network, data.train_images).float()
@@ -85,7 +85,7 @@ def on_images(model: Gan, data: Dataset, options: run.Options) -> tuple[dict[str
     images, groups = model.sample_mixture(SAMPLES, seed=options.seed)
     values, classes = judged(judge, images, options.seed)
     found |= values | scores.groups_and_classes(model, classes, groups, data.n_classes)
-    for multiplier in MULTIPLIERS:  # also 1, so that all points of a curve use as many samples and the same pairs
+    for multiplier in MULTIPLIERS:  # also 1, so that all points of a curve use equally many samples and the same pairs
         images, _ = model.sample_mixture(CURVE_SAMPLES, multiplier, options.seed)
         values, _ = judged(judge, images, options.seed)
         found |= {f"{name}_at_{multiplier}": values[name] for name in ("quality", "diversity", "largest_class")}
@@ -129,7 +129,7 @@ def judged(judge: Judge, images: Tensor, seed: int) -> tuple[dict[str, float], T
 
 
 def clustering(model: Gan, data: Dataset, seed: int) -> dict[str, float]:
-    """ACC and NMI of Table 3 for an unsupervised run with as many Gaussians as classes; otherwise empty.
+    """ACC and NMI of Table 3 for an unsupervised run with as many Gaussians as classes; otherwise an empty dict.
 
     Names that end with _test are scores on the test images.
     """
@@ -197,7 +197,7 @@ def label_groups(model: Gan, data: Dataset) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # Points of curves are not printed.
+    # The points of the curves are not printed.
     run.evaluate_from("gmgan", evaluate, argv, shown=lambda name: "_at_" not in name and "_after_" not in name)
 
 

@@ -3,7 +3,7 @@
     python -m gmgan.figures --runs runs
 
 Figures 3 and 4 need the runs themselves (seed 0 of each). Figures 2, 5 and 7 use every seed of the reference results
-and of the evaluated runs under --runs, with standard errors. A figure whose runs are missing is named and left out.
+and of the evaluated runs under --runs, with standard errors. Missing runs are named and left out.
 """
 
 import time
@@ -17,11 +17,11 @@ from gmgan.eval import MULTIPLIERS, SIGMA
 
 TOY = {"GAN": "toy-gan", "GM-GAN": "toy", "AC-GAN": "toy-acgan", "GM-GAN, supervised": "toy-supervised"}
 DATA = {"CIFAR-10": "cifar10", "STL-10": "stl10", "Fashion-MNIST": "fashion", "MNIST": "mnist", "digits": "digits"}
-FIGURE_7 = {  # for each of its two columns, the experiments that give the curves
+FIGURE_7 = {  # for each of its two columns, the experiment of each curve
     "supervised": {"AC-GAN": "{}-acgan", "GM-GAN": "{}-supervised", "GM-GAN, dynamic": "{}-supervised-dynamic"},
     "unsupervised": {"GAN": "{}-gan", "GM-GAN": "{}", "GM-GAN, dynamic": "{}-dynamic"},
 }
-NARROW = {"mnist": "mnist-narrow", "fashion": "fashion-narrow"}  # GM-GAN as narrow as the baselines (ledger 5)
+NARROW = {"mnist": "mnist-narrow", "fashion": "fashion-narrow"}  # GM-GAN with the width of the baselines (ledger 5)
 
 
 def figures_3_and_4(runs: Path, out: Path) -> None:

@@ -2,8 +2,8 @@
 
     python -m gmgan.kmeans fashion --seed 0 --data data
 
-This trains the auto-encoder; the evaluation clusters pixels and codes. The paper only says that both baselines are its
-own implementation. We take the auto-encoder of DEC (Xie, Girshick, Farhadi 2016), dense 500-500-2000-10 with ReLU,
+This trains the auto-encoder; the evaluation clusters pixels and codes. The paper says only that it implemented both
+baselines itself. We take the auto-encoder of DEC (Xie, Girshick, Farhadi 2016), dense 500-500-2000-10 with ReLU,
 because the table quotes DEC's AE + K-means row (ledger 18).
 """
 
@@ -22,7 +22,7 @@ from gmgan.model import checked_input
 from gmgan.train import Batch, Optimizers, Task, descend, train
 
 HIDDEN = (500, 500, 2000)
-RESTARTS = 10  # K-means starts so often, by k-means++; the start with the lowest objective counts
+RESTARTS = 10  # of K-means, each started by k-means++; the one with the lowest objective counts
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""GM-GAN (Sec. 2): the mixture prior, the networks, the losses of Algorithm 1, sampling, the clustering of Algorithm 2.
+"""GM-GAN (Sec. 2): the mixture prior, the networks, the losses of Algorithm 1, sampling, and clustering (Algorithm 2).
 
 The paper gives no architecture; ledger 5 says where ours comes from. For the points of the toy both networks are dense.
-For images they are a light DCGAN, whose stride-2 layers lead to 7×7 (from 28), 4×4 (32), 5×5 (40) or 6×6 (96).
+For images they are a light DCGAN. Its stride-2 layers reduce a side to 7 (from 28), 4 (32), 5 (40) or 6 (96).
 """
 
 import math
@@ -18,7 +18,7 @@ from common import classifier, run
 class Mixture(nn.Module):
     """K equally likely Gaussians N(μ_k, A_k A_kᵀ) in the latent space, eq. (4) and Algorithm 1, lines 1-3.
 
-    means: μ_k ~ U[-c, c]^d.  scales: A_k, at first σ I (√σ I if σ is a variance).
+    means: μ_k, drawn from U[-c, c]^d.  scales: A_k, initially σ I (√σ I if σ is a variance).
     Static: both stay fixed, and the scales are one number. Dynamic: both are trained, and the scales are (K, d, d), or
     (K, d) if they are diagonal. K = 1, c = 0 and σ = 1 give the classical N(0, I).
     """
@@ -61,7 +61,7 @@ def halvings(height: int) -> int:
 class ToImage(nn.Module):
     """(B, H·W·C) to (B, C, H, W), channels last in memory like the layers around it.
 
-    With another memory layout here a step takes 15 % longer.
+    A gradient with two memory layouts would cost 15 % of a step.
     """
 
     def __init__(self, channels: int, side: int):
@@ -141,7 +141,7 @@ class Discriminator(nn.Module):
 
 
 def initialise(network: nn.Module) -> None:
-    """As in DCGAN: weights N(0, 0.02), batch normalisation N(1, 0.02), biases 0. Dense networks keep PyTorch's."""
+    """As in DCGAN: normal weights of deviation 0.02 around 0 (batch normalisation: 1), biases 0. Not for the toy."""
     if any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in network.modules()):
         for m in network.modules():
             normed = isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)
@@ -175,9 +175,9 @@ def correspondence(n_components: int, n_classes: int, text: str | None) -> tuple
     """Which output of a supervised discriminator stands for each Gaussian, (K,), and which for each class, (N,).
 
     K ≥ N: one output per class; f: [K] -> [N] may send several Gaussians to one class (Sec. 2).
-    K < N: no f: [K] -> [N] does what the paper says, so g: [N] -> [K] groups the classes; one output per Gaussian.
+    K < N: no f: [K] -> [N] is as the paper says, so g: [N] -> [K] groups the classes; one output per Gaussian.
     text: the values of the map, "0,1,2,0,…": f of each Gaussian, or g of each class; None: k mod N, or n mod K.
-    Raises ValueError if the text is no such map.
+    Raises ValueError if the text is not such a map.
     """
     k, n = n_components, n_classes
     size, values = (k, n) if k >= n else (n, k)
@@ -211,7 +211,7 @@ def wanted_outputs(logits: Tensor, outputs: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
-    """-log D where the target is 1, -log(1 - D) where it is 0: a sum over outputs, a mean over the batch, in nats."""
+    """-log D for a target of 1, -log(1 - D) for a target of 0: summed over outputs, mean over the batch, in nats."""
     return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(1).mean()
 
 
@@ -263,7 +263,7 @@ class Gan(nn.Module):
         return torch.cat(parts)
 
     def sample_mixture(self, n: int, multiplier: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """n samples, the same number of each group (up to one), and the group (n,) of each. Otherwise as `sample`."""
+        """n samples and the group (n,) of each; the groups have equal numbers, up to one. Otherwise as `sample`."""
         each = -(-n // self.config.groups)
         kept = torch.arange(self.config.groups * each).view(-1, each).T.flatten()[:n]  # one of each group in turn
         return self.sample(each, multiplier, seed)[kept], kept // each
@@ -304,7 +304,7 @@ class GMGAN(Gan):
         """L(D), eq. (3) and its supervised form, Algorithm 1, lines 10-16: a scalar, nats.
 
         on_real, on_fake: D's logits (b_D, outputs) of real and generated samples.  labels: (b_D,), of the real ones.
-        For a real sample the target is 1 at its class and 0 elsewhere; for a fake it is 0 everywhere. Divided by 2 b_D.
+        The target of a real sample is 1 at its class and 0 elsewhere, that of a fake 0 everywhere. Divided by 2 b_D.
         """
         real = binary_cross_entropy(on_real, wanted_outputs(on_real, self.output_of_class[labels]))
         return (real + binary_cross_entropy(on_fake, torch.zeros_like(on_fake))) / 2

@@ -1,6 +1,6 @@
 """The scores of Secs. 3 and 5.2: quality, diversity within and between classes, Inception Score, ACC and NMI.
 
-Each is a function of images, features or classes; eval.py provides the classifier that gives those.
+Each score is a function of images, features or classes. The classifier in eval.py gives features and classes.
 """
 
 import math
@@ -18,7 +18,7 @@ WINDOW, WINDOW_DEVIATION = 11, 1.5  # the Gaussian window of SSIM
 
 def nearest_distances(features: Tensor, reference: Tensor, batch: int = 1000) -> Tensor:
     """‖c_l(x) - c_l(NN(x))‖₂ of eq. (6), (n,): the distance of features (n, d) to the nearest of reference (m, d)."""
-    # cdist uses matrix products, which lose the digits of small distances. So it only finds the nearest point.
+    # cdist uses matrix products, which lose the digits of small distances. So it only finds the nearest.
     nearest = torch.cat([reference[torch.cdist(part, reference).argmin(1)] for part in features.split(batch)])
     return (features - nearest).norm(dim=1)
 
@@ -39,8 +39,8 @@ def scales(side: int) -> int:
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     """MS-SSIM, (B,) in [0, 1], of pairs of images x, y (B, C, H, W) in [0, 1].
 
-    The product of contrast and structure at every scale and of luminance at the last, each to the power of its weight.
-    The weights of left-out scales are spread over the others; negative terms count as 0. Raises ValueError if a side
+    The product of contrast and structure at every scale and luminance at the last, each to the power of its weight.
+    The weights of the scales in use are rescaled to sum to 1; negative terms count as 0. Raises ValueError if a side
     is below 11 pixels.
     """
     if min(x.shape[-2:]) < WINDOW:
@@ -124,7 +124,7 @@ def groups_and_classes(model: Gan, classes: Tensor, groups: Tensor, n_classes: i
     """How far each Gaussian is one class (Sec. 5). classes, groups: (n,), of each sample.
 
     Supervised: the percentage of samples of the class that their Gaussian stands for. Otherwise: the percentage of
-    samples of the most frequent class of their Gaussian, how many classes these are, and the NMI of Gaussian and class.
+    samples of the main (most frequent) class of their Gaussian, the number of main classes, and the NMI.
     """
     if model.supervised:
         of_class, of_group = model.output_of_class.cpu(), model.output_of_group.cpu()

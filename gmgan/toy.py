@@ -2,7 +2,7 @@
 
 `toy` has Σ = 0.1 I as printed. `toy_apart` takes 0.1 as a standard deviation, so its Gaussians hardly overlap.
 
-The true density is known, so no classifier is needed as in Sec. 3.2. Quality is the negative log-likelihood of samples
+The true density is known, so Sec. 3.2's classifier is not needed. Quality is the negative log-likelihood of samples
 and diversity is their entropy, both in nats. Their difference is the Kullback-Leibler divergence of the samples from
 the true distribution.
 """
@@ -23,9 +23,9 @@ MODES = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0])] * 2)  # μ_m, (9,
 VARIANCE = {"toy": 0.1, "toy_apart": 0.1**2}  # Σ_m = 0.1 I, as printed, or (0.1 I)²
 POINTS = 5000  # training points, and samples that are judged
 MULTIPLIERS = tuple(round(0.1 * i, 1) for i in range(5, 21))  # the σ of Sec. 4.3: 0.5, 0.6 … 2.0
-SHOWN_MULTIPLIERS = (0.1, 0.5, 1.0, 2.0)  # of Fig. 4
+SHOWN_MULTIPLIERS = (0.1, 0.5, 1.0, 2.0)  # the σ of Fig. 4
 WINDOW = 20  # epochs of the running median by which convergence is judged
-CLOSE = 0.25  # nats; the likelihood has converged when it is so close to its last value
+CLOSE = 0.25  # nats; the likelihood counts as converged when it is this close to its last value
 EPOCHS_NOTED = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 400, 500)  # the points of Fig. 5's curve
 
 
@@ -86,8 +86,8 @@ def main_modes(points: Tensor, groups: Tensor) -> tuple[float, int]:
 def convergence(curve: list[float]) -> dict[str, float]:
     """How fast the negative log-likelihood of samples converges, by its running median over 20 epochs.
 
-    close_after: the epoch after which the median is first within 0.25 nats of its last value.
-    settled_after: the epoch from which on it stays there.
+    close_after: the number of epochs after which the median is first within 0.25 nats of its last value.
+    settled_after: the number of epochs after which it stays there.
     mean_nll: the mean over all epochs, the area under the curve of Fig. 5.
     """
     values = torch.tensor(curve, dtype=torch.float64)
@@ -113,12 +113,12 @@ def samples(model: Gan, multiplier: float = 1.0, stream: str = "judged") -> tupl
 
 
 def course(model: Gan) -> dict[str, float]:
-    """What the log has after each epoch (Fig. 5): the negative log-likelihood of samples."""
+    """The column of the log for Fig. 5, after each epoch: the negative log-likelihood of samples."""
     return {"nll": negative_log_likelihood(samples(model, stream="course")[0], model.config.dataset)}
 
 
 def scores(model: Gan, rows: list[dict]) -> dict[str, float]:
-    """The four claims about the toy as numbers, and the curves of Figs. 4 and 5. rows: of the log, one per epoch."""
+    """The four claims about the toy as numbers, and the curves of Figs. 4 and 5. rows: the rows of the log."""
     data = dataset(model.config.dataset)
     made, groups = samples(model)
     nll, own = negative_log_likelihood(made, data.name), entropy(made)
@@ -130,7 +130,7 @@ def scores(model: Gan, rows: list[dict]) -> dict[str, float]:
         "divergence": nll - own,
         "purity": purity,  # claim 3: each Gaussian has a mode …
         "main_modes": float(modes),  # … and each mode a Gaussian: 9
-        "covered_modes": float((shares > 0.1 / len(MODES)).sum()),  # modes with at least a tenth of their fair share
+        "covered_modes": float((shares > 0.1 / len(MODES)).sum()),  # modes with more than a tenth of their fair share
         "data_nll": negative_log_likelihood(data.train_images, data.name),
         "data_entropy": entropy(data.train_images),
         "data_purity": main_modes(data.train_images, data.train_labels)[0],
@@ -138,7 +138,7 @@ def scores(model: Gan, rows: list[dict]) -> dict[str, float]:
     if model.supervised:
         right = model.output_of_class[nearest_modes(made)] == model.output_of_group[groups]
         found["samples_of_their_class"] = 100 * right.float().mean().item()
-    if rows:  # there are none if the run was stopped in its first epoch
+    if rows:  # no rows if the run was stopped in its first epoch
         found |= convergence([row["nll"] for row in rows])  # claim 4: faster than the baselines
     found |= {f"nll_after_{row['epoch']}": row["nll"] for row in rows if row["epoch"] in EPOCHS_NOTED}
     for multiplier in MULTIPLIERS:
@@ -185,7 +185,7 @@ def save_scatters(panels: dict[str, tuple[Gan, Tensor, Tensor]], path: Path, col
         if model.config.groups <= 20:
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3, "frameon": False}
             legend = axes.legend(**below, columnspacing=1, handletextpad=0.2)
-            for handle in legend.legend_handles:  # larger dots than in the panel, to be seen
+            for handle in legend.legend_handles:  # larger dots than in the panel, so that they are visible
                 handle.set(sizes=[20], alpha=1)
     plots.save_figure(figure, path)
 

@@ -23,8 +23,8 @@ from gmgan import scores, toy
 from gmgan.model import GMGAN, Gan, as_input, correspondence
 
 Whole = Annotated[int, Range(0)]
-JUDGED = 5_000  # samples for `purity_every`
-SETS = {  # data set: shape, classes (None: as many as the folder has)
+JUDGED = 5_000  # samples per measurement of `purity_every`
+SETS = {  # data set: shape, number of classes (None: as many as the folder has)
     "toy": ((2,), 9),
     "toy_apart": ((2,), 9),
     "digits": ((1, 28, 28), 10),
@@ -40,12 +40,12 @@ SETS = {  # data set: shape, classes (None: as many as the folder has)
 
 @dataclass(frozen=True)
 class Task:
-    """The data and the optimiser of any system. configs/*.yaml give the source of a value, the ledger the reason."""
+    """The data and the optimiser of any system. configs/*.yaml give the source of each value; the ledger says why."""
 
-    dataset: str = "mnist"  # one of SETS; signs:<path>, folder:<path> and folder_colour:<path> are class folders
+    dataset: str = "mnist"  # one of SETS; signs:<path>, folder:<path>, folder_colour:<path>: your own class folders
     n_classes: Count | None = None  # N: use the first N classes, in the order of their names; None: all
     classes: str | None = None  # or use these classes: "a,b,c"
-    latent_dim: Count = 100  # d
+    latent_dim: Count = 100  # d, dimension of the latent space
     batch_real: Count = 64  # b_D, real points or images per step
     learning_rate: Positive = 2.0e-4  # γ of Adam, constant
     beta1: Decay = 0.5  # β1 of Adam; β2 is 0.999
@@ -70,7 +70,7 @@ class Task:
 
     @property
     def class_count(self) -> int:
-        """N; 1 if the folder that tells it has not been read yet."""
+        """N, the number of classes; 1 for a folder of images that has not been read yet."""
         named = len(self.classes.split(",")) if self.classes else None
         return self.n_classes or named or described(self.dataset, SETS)[1] or 1
 
@@ -80,10 +80,10 @@ class GanConfig(Task):
     """The fields that GM-GAN and AC-GAN share."""
 
     batch_fake: Count = 128  # b_G, generated samples in a step of the generator
-    width: Count = 64  # channels next to the image, doubled by each layer further in; in dense networks, units
+    width: Count = 64  # channels of the layer next to the image; each layer further in has twice as many; toy: units
     norm: Literal["batch", "none"] = "batch"  # image networks: batch normalisation as in DCGAN
     dense_units: Whole = 0  # image networks: units of a dense layer in G and in D; 0: no such layer
-    purity_every: Whole = 0  # log the purity of each Gaussian after every so many epochs; 0: never
+    purity_every: Whole = 0  # epochs between two measurements of the purity of the Gaussians; 0: none
 
     def __post_init__(self):
         super().__post_init__()
@@ -96,7 +96,7 @@ class Config(GanConfig):
     n_components: Count | None = 10  # K, the number of Gaussians; None: as many as classes
     mean_range: NonNegative = 0.1  # c: μ_k ~ U[-c, c]^d
     sigma: Positive = 0.15  # σ: Σ_k = σ² I or σ I, see sigma_is
-    sigma_is: Literal["deviation", "variance"] = "deviation"  # whether σ is a Gaussian's deviation or variance
+    sigma_is: Literal["deviation", "variance"] = "deviation"  # whether σ is a deviation or a variance
     mixture: Literal["static", "dynamic", "dynamic_diagonal"] = "static"  # dynamic: μ_k and A_k are trained
     supervised: bool = False  # the discriminator has one output per class
     class_map: str | None = None  # f(k) of each Gaussian as "0,1,2,…" (K ≥ N), or g of each class (K < N); None: modulo
@@ -116,7 +116,7 @@ class Config(GanConfig):
 
     @property
     def groups(self) -> int:
-        """How many groups samples come from: the Gaussians."""
+        """The number of groups of samples: a group is a Gaussian."""
         return self.components
 
     @property
@@ -133,7 +133,7 @@ class Batch(NamedTuple):
 
     real: Tensor  # (b_D, …): points, or images in [-1, 1]
     labels: Tensor  # (b_D,)
-    noise: torch.Generator  # another one for each step, on the device
+    noise: torch.Generator  # a new one for each step, on the device
 
 
 Optimizers = dict[str, torch.optim.Optimizer]  # {player: its optimiser}
@@ -163,7 +163,7 @@ def train_step(model: GMGAN, optimizers: Optimizers, batch: Batch, precision: st
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """One step of the optimiser down `loss`, for its own parameters only. Returns the gradient norm, a scalar."""
+    """One step of the optimiser down `loss`, on its own parameters only. Returns the norm of the gradient, a scalar."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)  # no gradients of the other player
@@ -175,7 +175,7 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def load_data(config: Task, options: run.Options) -> tuple[Task, Dataset]:
-    """The data of a config, with its classes only, and the config, with N filled in from the data if it was null.
+    """Return the config, with N filled in from the data if it was null, and the data, with only the config's classes.
 
     Raises UserError if a class is missing, if there are fewer than two, or if K, N and the map do not fit together.
     """
@@ -234,7 +234,7 @@ def train(config: Task, options: run.Options, step: Callable[..., dict[str, Tens
     replayed = graph.replayed(
         lambda batch: step(model, optimizers, batch, options.precision), optimizers.values(), options.graph
     )
-    steps = len(images) // config.batch_real  # an epoch leaves out the last few of its random order
+    steps = len(images) // config.batch_real  # an epoch leaves out the last few images of its random order
     with run.Run("gmgan", config, options, data.provenance(), device) as r:
         r.resume(model, optimizers, steps)
         while r.epoch < config.epochs:
@@ -251,7 +251,7 @@ def train(config: Task, options: run.Options, step: Callable[..., dict[str, Tens
 
 
 def course(model: nn.Module, data: Dataset, epoch: int, options: run.Options) -> dict[str, float]:
-    """What the log has after an epoch besides the losses. For the toy: the likelihood of samples (Fig. 5).
+    """The columns of the log besides the losses, after an epoch. For the toy: the likelihood of samples (Fig. 5).
 
     For images, after every `purity_every` epochs: how far each Gaussian is one class, on 5,000 samples, judged by the
     data set's classifier. The classifier is trained when it is first needed.

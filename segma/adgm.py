@@ -37,11 +37,11 @@ class Config(Task):
     latent_dim: Count = 100  # dimension of z
     auxiliary_dim: Count = 100  # dimension of a
     hidden_dim: Count = 500  # units of a hidden layer of each of the five networks
-    hidden_layers: Count = 2  # hidden layers of each
-    likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"  # p(x|z, y); gaussian: of variance 1
-    binarise: bool = False  # draw each pixel as 0 or 1 with its grey value as probability, for each batch
+    hidden_layers: Count = 2  # hidden layers of each of the five networks
+    likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"  # p(x|z, y); gaussian: with variance 1
+    binarise: bool = False  # draw each pixel as 0 or 1 in each batch, with its grey value as probability of 1
     posterior_variance: Literal["free", "at_least_one"] = "free"  # at_least_one: log σ² goes through a softplus
-    labelled_weight: NonNegative = 1.0  # weight of the mean labelled bound; the mean unlabelled bound has 1
+    labelled_weight: NonNegative = 1.0  # weight of the mean labelled bound; the mean unlabelled bound has weight 1
     label_weight: NonNegative = 60.0  # α, weight of the mean cross-entropy of q(y|a, x)
 
     def build(self) -> nn.Module:
@@ -49,9 +49,9 @@ class Config(Task):
 
 
 class ADGM(ClassConditional):
-    """Each edge of the graph is a ReLU network. config: a Config. Weights Glorot normal, biases 0 (open repository).
+    """Each edge of the graph is a ReLU network. Initial weights are Glorot normal, biases 0, as in the open repository.
 
-    For CelebA one set of convolutions comes before all edges that see the image (appendix).
+    For CelebA all edges that see the image share one set of convolutions (appendix). config: a Config.
     """
 
     def __init__(self, config: Config):
@@ -109,7 +109,7 @@ class ADGM(ClassConditional):
             log_q_a = log_normal(a, mean, log_variance)
             log_q_y = self.q_y(h, a).log_softmax(-1)  # (B, K)
 
-            # Unlabelled, -U(x): a sum over all classes. The first layers see each image once.
+            # -U(x) of the unlabelled images is a sum over all classes. The first layers see each image once.
             known = [t[:n, None] for t in (x, h, a, log_q_a)]  # (n, 1, ·)
             every_class = torch.eye(k, device=x.device, dtype=x.dtype)[None]  # (1, K, K)
             bounds = self.labelled_bound(*known, every_class, noise)  # (n, K)
@@ -142,7 +142,7 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One step down the objective: the bounds of both halves of the batch, and α times the cross-entropy.
 
-    Returns its terms, scalars on the device.
+    Returns the terms of the objective, scalars on the device.
     """
     terms = model.loss(batch, precision)
     return {**terms, "grad_norm": descend(terms["loss"], optimizer, model.config)}

@@ -33,12 +33,12 @@ from segma.model import (
 FID_SAMPLES = 10_000  # Sec. VI-B and VI-C
 JUDGED_SAMPLES = 2_000  # samples whose nearest training image gives their class
 LINES = 200  # interpolation lines between every two classes
-POINTS = 41  # points on each line at which the class is taken
+POINTS = 41  # points on each line whose class is determined
 ANTI_TARGETS = [(0, 1), (2, 1), (3, 1), (1, 3)]  # Fig. 8, class and anti-target: 1 not male, smiling; 3 male, smiling
 
 
 def evaluate(options: run.Options) -> dict:
-    """Evaluate one run: metrics and details, written to eval.json, and the figures."""
+    """Evaluate one run: write metrics and details to eval.json, and draw the figures."""
     device, folder = run.set_up(options), options.folder("segma")
     model, state = run.load_run("segma", folder, device, options.moved)
     data = load(model.config.dataset, options.data, options.unofficial_data)
@@ -48,7 +48,7 @@ def evaluate(options: run.Options) -> dict:
     metrics, details, timing = quality(model, data, z), {}, {}
     if labelled:
         metrics = table_ii(model, data, z, options.seed) | metrics
-    if data.train_images.shape[-1] < 64:  # the face nearest in pixels says little about the class
+    if data.train_images.shape[-1] < 64:  # for faces, the image nearest in pixels says little about the class
         metrics |= rows_are_classes(model, data, options.seed)
     scores, judge = tables_i_and_iii(model, data, z, options)
     if isinstance(model, SeGMA):
@@ -72,7 +72,7 @@ def evaluate(options: run.Options) -> dict:
 
 
 def table_ii(model: GenerativeModel, data: Dataset, z: Tensor, seed: int) -> dict[str, float]:
-    """Test error in percent by eq. (7), and for comparison that of the nearest neighbour among the labelled images.
+    """Test error in percent of eq. (7), and for comparison of the nearest neighbour among the labelled images.
 
     z: (n, D), the codes of the test images.
     """
@@ -88,7 +88,7 @@ def table_ii(model: GenerativeModel, data: Dataset, z: Tensor, seed: int) -> dic
 
 
 def quality(model: GenerativeModel, data: Dataset, z: Tensor) -> dict[str, float]:
-    """Reconstruction error, eq. (1), and for SeGMA the distance d², eq. (8), on the test set with training's γ."""
+    """Reconstruction error, eq. (1), and for SeGMA the distance d², eq. (8), on the test set with the γ of training."""
     parts = zip(data.test_images.split(1000), z.split(1000), strict=True)
     squares = sum(len(x) * reconstruction_error(as_input(x), model.decode(code).cpu()).item() for x, code in parts)
     scores = {"reconstruction_error": squares / len(z)}
@@ -99,7 +99,7 @@ def quality(model: GenerativeModel, data: Dataset, z: Tensor) -> dict[str, float
 
 
 def rows_are_classes(model: GenerativeModel, data: Dataset, seed: int) -> dict[str, float]:
-    """Sec. VI-B, "examples in each row … have the same class": how far components are classes, in percent.
+    """Sec. VI-B, "examples in each row … have the same class": how far each component is one class, in percent.
 
     The class of each of 2,000 samples of the mixture is that of the nearest training image in pixels.
     """
@@ -126,8 +126,8 @@ def tables_i_and_iii(
 ) -> tuple[dict[str, float], str | None]:
     """FID of 10,000 samples of the mixture (Table I) and of 10,000 points between test images (Table III).
 
-    Against the statistics of the training set, and (_test) of the test set. z: (n, D), the codes of the test images.
-    Returns the scores and the digest of the Inception network; without the network, prints why.
+    Each FID is taken against the training set and, under a name with _test, the test set. z: (n, D), codes of the test
+    images. Returns the scores and the name of the Inception network. Without the network it prints the reason.
     """
     if min(len(data.train_images), len(data.test_images)) < inception.FEATURES:
         print(f"FID left out: {data.name} has fewer images than the {inception.FEATURES} features of Inception")
@@ -157,7 +157,7 @@ def tables_i_and_iii(
 def points_between(z: Tensor, generator: torch.Generator) -> Tensor:
     """10,000 codes (10000, D), each at t ~ U(0, 1) between two random codes of z (n, D), n ≥ 2.
 
-    Ten batches of 1,000 pairs, each drawn without replacement; more and smaller batches if n < 2,000.
+    The pairs come in ten batches of 1,000, each drawn without replacement; in more, smaller batches if n < 2,000.
     """
     size = min(FID_SAMPLES // 10, len(z) // 2)
     parts = []
@@ -179,14 +179,14 @@ def to_bytes(images: Tensor) -> Tensor:
 def closed_form_against_sampling(
     model: SeGMA, z: Tensor, seed: int, repeats: int = 20
 ) -> tuple[list[dict], list[dict]]:
-    """The closed form of eq. (8) against the MMD of the same kernel with n samples of the mixture (Secs. I and VII).
+    """Compare the closed form of eq. (8) with the MMD of the same kernel on n samples of the mixture (Secs. I, VII).
 
-    z: (N, D); one training batch of it is used. For each n, over `repeats` draws: mean and standard deviation of d²,
-    and the noise of its gradient in codes and means, √E‖g - ḡ‖² / ‖ḡ‖. n = 0 is the closed form, which draws nothing
-    and has no noise. Returns these rows, which the seed fixes, and the median milliseconds for drawing, value and
-    gradient, which vary between runs.
-    The pairs of a sample with itself raise d² by about k(0) / n, as those of the codes do in eq. (8). The error of the
-    asymptotic φ_D (ledger 10) is the same for every n.
+    z: (N, D), of which one training batch is used. For each n, over `repeats` draws: the mean and standard deviation of
+    d², and the noise of its gradient in codes and means, √E‖g - ḡ‖² / ‖ḡ‖. n = 0 is the closed form, which draws
+    nothing and has no noise. Returns these rows, which the seed fixes, and the median milliseconds for drawing, value
+    and gradient, which vary between runs.
+    The pairs of a sample with itself raise d² by about k(0) / n, as those of the codes do in eq. (8). The
+    asymptotic φ_D has an error of its own (ledger 10), which more samples do not remove.
     """
     generator, size = run.generator(seed, "sampled distance"), model.config.codes_per_batch
     codes = z[torch.randperm(len(z), generator=generator)[:size].to(z.device)].clone().requires_grad_()
@@ -219,7 +219,7 @@ def closed_form_against_sampling(
 
 
 def nearest_classes(model: SeGMA, data: Dataset) -> dict[str, str]:
-    """{class: the class with the nearest mean}."""
+    """Return {class: the class with the nearest mean}."""
     nearest = torch.cdist(model.means, model.means).fill_diagonal_(float("inf")).argmin(1).tolist()
     return {data.class_names[k]: data.class_names[neighbour] for k, neighbour in enumerate(nearest)}
 
@@ -228,7 +228,7 @@ def between(model: SeGMA, data: Dataset, z: Tensor, seed: int) -> dict[str, dict
     """For every two classes, the share of straight lines between their test images that pass through each third class.
 
     z: (n, D), codes of the test images. LINES pairs are drawn from the images that eq. (7) classifies correctly.
-    Returns {"6-9": {"4": 0.6, …}, …}, the most frequent class first; None if one of the two has no such image.
+    Returns {"6-9": {"4": 0.6, …}, …}, the most frequent third class first; None if one of the two has no such image.
     """
     labels = data.test_labels.to(z.device)
     right = model.classify(z) == labels
@@ -259,7 +259,7 @@ def figures(
 ) -> None:
     """Figures 3 to 8 for this data set, the geometry of the latent space, and the course of training.
 
-    z: (n, D), the codes of the test images.  result: the record with the metrics.  rows: of the log.
+    z: (n, D), the codes of the test images.  result: the record with the metrics.  rows: the rows of the log.
     """
     details = result["details"]
     generator, labelled = run.generator(seed, "figures"), bool(model.config.labelled_per_batch)
@@ -276,7 +276,7 @@ def figures(
 
 
 def samples(model: GenerativeModel, data: Dataset, generator: torch.Generator, path: Path) -> None:
-    """Figures 3 to 5: ten samples of each component, one row per component."""
+    """Draw Figures 3 to 5: ten samples of each component, one row per component."""
     k = len(model.means)
     noise = torch.randn(k * 10, model.config.latent_dim, generator=generator).to(model.device)
     codes = model.place(noise, torch.arange(k, device=model.device).repeat_interleave(10))
@@ -286,7 +286,7 @@ def samples(model: GenerativeModel, data: Dataset, generator: torch.Generator, p
 
 
 def one_of(class_: int, classes: Tensor, generator: torch.Generator) -> int:
-    """The index of a random image of this class in `classes` (n,), or of any image if there is none."""
+    """The index of a random image of this class in `classes` (n,), or of any image if this class has none."""
     members = (classes == class_).nonzero()[:, 0]
     members = members if len(members) else torch.arange(len(classes))
     return int(members[torch.randint(len(members), (1,), generator=generator)])
@@ -305,7 +305,7 @@ def shows_originals(data: Dataset) -> bool:
 def with_originals(
     model: GenerativeModel, data: Dataset, first: Tensor, codes: Tensor, last: Tensor | None = None
 ) -> Tensor:
-    """Rows of a test image, decoded codes and a test image; without the test images if they are faces.
+    """Rows of a test image, decoded codes and a test image. For faces, the decoded codes only.
 
     first, last: (rows,), indices of test images.  codes: (rows, columns, D).  Returns (rows · columns, C, H, W).
     """
@@ -332,7 +332,7 @@ def interpolations(model: GenerativeModel, data: Dataset, z: Tensor, generator: 
 
 
 def style_transfers(model: GenerativeModel, data: Dataset, z: Tensor, generator: torch.Generator, path: Path) -> Tensor:
-    """Figure 7: a test image of each class moves to another class. Returns the indices of these images, (K,)."""
+    """Draw Figure 7: a test image of each class moves to another class. Returns the indices of these images, (K,)."""
     k, names, real, assigned = len(model.means), data.class_names, shows_originals(data), model.classify(z)
     chosen = torch.tensor([one_of(s, assigned, generator) for s in range(k)])
     source = assigned[chosen]
@@ -352,9 +352,9 @@ def style_transfers(model: GenerativeModel, data: Dataset, z: Tensor, generator:
 
 
 def intensities(model: SeGMA, data: Dataset, z: Tensor, chosen: Tensor, generator: torch.Generator, path: Path) -> None:
-    """Figure 8: test images, `chosen` (K,), move away from an anti-target class.
+    """Draw Figure 8: the test images with indices `chosen` (K,) move away from an anti-target class.
 
-    For faces the classes are the paper's; otherwise the anti-target is the class with the nearest mean (ledger 23).
+    For faces the paper gives the classes. Otherwise the anti-target is the class with the nearest mean (ledger 23).
     """
     names, real, assigned = data.class_names, shows_originals(data), model.classify(z)
     if data.name.startswith("celeba"):
@@ -376,7 +376,7 @@ def intensities(model: SeGMA, data: Dataset, z: Tensor, chosen: Tensor, generato
 
 
 def geometry(details: dict, names: Sequence[str], folder: Path) -> None:
-    """The distances between the means, and the classes that lie between classes."""
+    """Draw the distances between the means, and the classes that lie between two others."""
     distances = details["mean_distances"]
     text = [["" if i == j else f"{d:.2f}" for j, d in enumerate(row)] for i, row in enumerate(distances)]
     title = "Distances between the means"
@@ -418,7 +418,7 @@ def save_matrix(
 
 
 def closed_form(rows: list[dict], timing: list[dict], path: Path) -> None:
-    """The noise and the time that sampling the mixture costs, against the number of samples."""
+    """Draw the noise and the time that sampling the mixture costs, against the number of samples."""
     closed, n = timing[0]["milliseconds"], [row["n"] for row in rows[1:]]
     noise, times = [row["gradient_noise"] for row in rows[1:]], [row["milliseconds"] for row in timing[1:]]
     curves = {

@@ -26,17 +26,17 @@ from segma.train import Batch, Task, descend, train
 class Config(Task):
     m1_latent_dim: Count = 50  # dimension of z1
     m1_hidden_dim: Count = 500  # units of a hidden layer of M1, both sides
-    m1_hidden_layers: Count = 2  # hidden layers of M1, both sides; with convolutions, the dense layers
+    m1_hidden_layers: Count = 2  # hidden dense layers of M1, both sides; convolutions are not counted
     latent_dim: Count = 50  # dimension of z2
     hidden_dim: Count = 300  # units of a hidden layer of M2: classifier, encoder, decoder
-    hidden_layers: Count = 1  # hidden layers of each of the three
+    hidden_layers: Count = 1  # hidden layers of each of these three
     activation: Literal["softplus", "relu"] = "softplus"
-    likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"  # p(x|z1); gaussian: of variance 1
-    binarise: bool = False  # draw each pixel as 0 or 1 with its grey value as probability, for each batch
+    likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"  # p(x|z1); gaussian: with variance 1
+    binarise: bool = False  # draw each pixel as 0 or 1 in each batch, with its grey value as probability of 1
     posterior_variance: Literal["free", "at_least_one"] = "free"  # of q; at_least_one: log σ² goes through a softplus
-    labelled_weight: NonNegative = 100 / 60_000  # weight of the mean labelled bound; the mean unlabelled bound has 1
+    labelled_weight: NonNegative = 100 / 60_000  # weight of the mean labelled bound; 1 for the unlabelled
     label_weight: NonNegative = 0.1  # α, weight of the mean cross-entropy of q(y|z1)
-    m1_epochs: Count = 100  # so many epochs train M1, then the others train M2
+    m1_epochs: Count = 100  # the first m1_epochs epochs train M1, the others M2
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,7 +52,7 @@ class Config(Task):
 
 
 class Softplus(nn.Module):
-    """log(1 + eˣ), as nn.Softplus, by `softplus` below."""
+    """log(1 + eˣ), like nn.Softplus, but computed by `softplus` below."""
 
     def forward(self, x: Tensor) -> Tensor:
         return softplus.apply(x)
@@ -75,7 +75,7 @@ class Dense(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(hidden[-1], n) for n in heads)
 
     def forward(self, *inputs: Tensor) -> Tensor | list[Tensor]:
-        """inputs: (…, n_i) each. Returns (…, n_j) for each head, at least in float32; a single head not in a list."""
+        """inputs: (…, n_i) each. Returns (…, n_j) for each head, at least in float32; for a single head, not a list."""
         joined = sum(layer(x) for layer, x in zip(self.inputs, inputs, strict=True))
         hidden = self.hidden(joined)
         outputs = [head(hidden) for head in self.heads]
@@ -84,9 +84,9 @@ class Dense(nn.Module):
 
 
 def image_ends(image_shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module, int]:
-    """From images (B, C, H, W) to features (B, n), from features back to logits (B, C, H, W), and n.
+    """Modules from images (B, C, H, W) to features (B, n) and from features to logits (B, C, H, W), and n.
 
-    They flatten; for 64×64 images in colour they are the appendix's convolutions.
+    They flatten and unflatten; for 64×64 images in colour they are the convolutions of the appendix.
     """
     if convolutional(image_shape):
         return convolutions(), nn.Sequential(nn.ReLU(), transposed_convolutions()), 1024
@@ -99,7 +99,7 @@ def image_ends(image_shape: tuple[int, int, int]) -> tuple[nn.Module, nn.Module,
 def spread(log_variance: Tensor, config) -> Tensor:
     """log σ² of a Gaussian, (…, D), from the output of its network. at_least_one: σ² ≥ 1, as in the open repository.
 
-    Used for every q and for ADGM's p(a|x, z, y). M2's p(z1|z2, y), not in the open repository, is free.
+    Used for every q and for ADGM's p(a|x, z, y). M2's p(z1|z2, y) is free: the open repository has none (ledger 33).
     """
     return F.softplus(log_variance) if config.posterior_variance == "at_least_one" else log_variance
 
@@ -121,7 +121,7 @@ def kl_from_standard(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 class softplus(torch.autograd.Function):  # noqa: N801, used as a function
-    """log(1 + eˣ). PyTorch's uses log1p, which on a CPU takes ten times as long as log: half of an M2 step."""
+    """log(1 + eˣ). PyTorch's softplus uses log1p: on a CPU ten times the time of log, and half of an M2 step."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class softplus(torch.autograd.Function):  # noqa: N801, used as a function
 
 
 class log_bernoulli(torch.autograd.Function):  # noqa: N801, used as a function
-    """Σ x l - log(1 + eˡ) over the last dimension, for data x and logits l, (…, P) -> (…), in few passes."""
+    """Σ x l - log(1 + eˡ) over the last dimension, of data x and logits l: (…, P) -> (…), in few passes."""
 
     @staticmethod
     def forward(ctx, x: Tensor, logits: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def log_likelihood(x: Tensor, logits: Tensor, likelihood: str) -> Tensor:
 
 
 def as_data(x: Tensor, config, noise: torch.Generator) -> Tensor:
-    """The images x (B, C, H, W) as the likelihood takes them: drawn as 0 or 1 if the config asks for it."""
+    """The images x (B, C, H, W) as the likelihood takes them: drawn as 0 or 1 if config.binarise."""
     return torch.bernoulli(x, generator=noise) if config.binarise else x
 
 
@@ -191,12 +191,12 @@ class ClassConditional(GenerativeModel):
         return self.split(z)[1].argmax(1)
 
     def place(self, noise: Tensor, components: Tensor) -> Tensor:
-        """Codes (B, Z + K): z = noise (B, Z), and the classes components (B,) one-hot."""
+        """Codes (B, Z + K): z = noise (B, Z), and the classes `components` (B,) as one-hots."""
         return torch.cat([noise, self.one_hot(components, noise)], 1)
 
 
 class M1M2(ClassConditional):
-    """M1 and M2. config: a Config. Weights Glorot normal, biases 0 (the open repository)."""
+    """M1 and M2. config: a Config. Initial weights are Glorot normal, biases 0, as in the open repository."""
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -249,7 +249,7 @@ class M1M2(ClassConditional):
         return (log_q.exp() * (bounds - log_q)).sum(-1)
 
     def m2_loss(self, batch: Batch, precision: str = "fp32") -> dict[str, Tensor]:
-        """M2's objective, eq. (9), per image, and its terms: scalars, nats. M1 is fixed."""
+        """M2's objective, eq. (9), divided by the number of images, and its terms: scalars, nats. M1 is fixed."""
         config, noise, n = self.config, batch.noise, len(batch.unlabelled)
         with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=precision == "bf16"):
             with torch.no_grad():
@@ -279,7 +279,7 @@ class M1M2(ClassConditional):
 def train_step(
     model: M1M2, optimizer: torch.optim.Optimizer, batch: Batch, precision: str = "fp32"
 ) -> dict[str, Tensor]:
-    """One step up M1's bound or, after M1's epochs, down M2's objective. Returns the terms, scalars on the device."""
+    """One step: up M1's bound in M1's epochs, down M2's objective later. Returns the terms, scalars on the device."""
     if batch.m1_alone:
         x = as_data(batch.unlabelled, model.config, batch.noise)
         bound = model.m1_bound(x, batch.noise, precision).mean()

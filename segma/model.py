@@ -1,7 +1,7 @@
 """SeGMA: networks, mixture, distances and losses, Secs. III to VI of the paper.
 
-Encoder E: x -> z.  Decoder D: z -> x.  Mixture: P_Z = Σ_k p_k N(μ_k, I), the means trained, the priors set from the
-known labels.  The equations come first, one function each; the class SeGMA at the end is built from them.
+Encoder E: x -> z.  Decoder D: z -> x.  Mixture: P_Z = Σ_k p_k N(μ_k, I). The means are trained; the priors come from
+the known labels.  Each equation is one function. The class SeGMA at the end uses these functions.
 """
 
 import math
@@ -43,7 +43,7 @@ def convolutions() -> nn.Sequential:
 
 
 def transposed_convolutions() -> nn.Sequential:
-    """Appendix: the way back, 64 - 32 - 32 - 3 filters. In: (B, 1024); out: (B, 3, 64, 64), unbounded."""
+    """Appendix: transposed convolutions, 64 - 32 - 32 - 3 filters. In: (B, 1024); out: (B, 3, 64, 64), unbounded."""
     stack: list[nn.Module] = [nn.Unflatten(1, (64, 4, 4))]  # (B, 64, 4, 4)
     for before, after in ((64, 64), (64, 32), (32, 32)):  # sides 8, 16, 32
         stack += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
@@ -60,7 +60,7 @@ def conv_decoder(hidden: int, layers: int, latent_dim: int) -> nn.Sequential:
 
     In: codes (B, D); out: (B, 3, 64, 64) in [0, 1].
     """
-    dense = mlp_decoder((1024,), hidden, layers, latent_dim)[:-2]  # without its image shape and its sigmoid
+    dense = mlp_decoder((1024,), hidden, layers, latent_dim)[:-2]  # without Unflatten and Sigmoid
     return nn.Sequential(*dense, nn.ReLU(), *transposed_convolutions(), nn.Sigmoid())
 
 
@@ -70,7 +70,7 @@ def convolutional(image_shape: tuple[int, ...]) -> bool:
 
 
 def initialise(network: nn.Module, weights: Callable[[Tensor], Tensor]) -> None:
-    """Initial weights by `weights`, biases 0, in every layer that has them."""
+    """Initialise the weights of every layer by `weights` and set all biases to 0."""
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             weights(layer.weight)
@@ -97,7 +97,7 @@ class Mixture(nn.Module):
 def initial_means(n_components: int, latent_dim: int, scale: float) -> Tensor:
     """μ_k (K, D) at the start: scale·K/D on the coordinates i with i mod K = k, plus N(0, 0.001²). K > D: N(0, scale²).
 
-    The paper is silent; this is the authors' code.
+    The paper does not give the initial means. These are those of the authors' code.
     """
     if n_components > latent_dim:
         return scale * torch.randn(n_components, latent_dim)
@@ -111,7 +111,7 @@ def initial_means(n_components: int, latent_dim: int, scale: float) -> Tensor:
 
 
 def phi(s: Tensor, dim: int) -> Tensor:
-    """φ_D(s) ≈ (1 + 4s / (2D - 3))^(-1/2), s ≥ 0, below eq. (3): asymptotically 1F1(1/2; D/2; -s), for D ≥ 10."""
+    """φ_D(s) ≈ (1 + 4s / (2D - 3))^(-1/2), s ≥ 0, below eq. (3): the asymptotic form of 1F1(1/2; D/2; -s), D ≥ 10."""
     return torch.rsqrt(1 + 4 * s / (2 * dim - 3))
 
 
@@ -130,8 +130,8 @@ def cramer_wold_distance(z: Tensor, means: Tensor, priors: Tensor, gamma: float,
     """Squared Cramer-Wold distance d²_γ of a sample and a mixture of unit Gaussians, eq. (8); K = 1, μ = 0: eq. (4).
 
     z: (m, D) latent codes.  means: (K, D), μ_k.  priors: (K,), p_k, summing to 1.  gamma: kernel bandwidth γ > 0.
-    Returns a scalar. Closed form: nothing is sampled. Valid for D ≥ 10, where φ_D is within 2.3 % of the exact one.
-    With it, a perfect fit has a distance of a few 0.001, not 0. phi: pass the exact function to replace it.
+    Returns a scalar. The form is closed: nothing is sampled. Valid for D ≥ 10, where φ_D has an error of up to 2.3 %.
+    Because of this error a perfect fit has a distance of a few 0.001, not 0. phi: another φ_D, such as the exact one.
     """
     dim = z.shape[1]
     rows = z.split(2048)  # block by block, since the (m, m) matrix of a test set is large; a batch is one block
@@ -142,7 +142,7 @@ def cramer_wold_distance(z: Tensor, means: Tensor, priors: Tensor, gamma: float,
 
 
 def sampled_distance(z: Tensor, samples: Tensor, gamma: float, phi: Callable = phi) -> Tensor:
-    """The estimate of eq. (8) from samples of the mixture, as for other MMDs: the kernel of eq. (4) over two samples.
+    """An estimate of eq. (8) from samples of the mixture, as other MMDs use: the kernel of eq. (4) over two samples.
 
     z: (m, D), samples: (n, D). Returns a scalar. Not used in training; eval.py compares it with the closed form.
     """
@@ -178,7 +178,7 @@ def bernoulli_error(x: Tensor, logits: Tensor) -> Tensor:
 
 
 def log_joint(z: Tensor, means: Tensor, priors: Tensor) -> Tensor:
-    """log p_k N(μ_k, I)(z) up to a constant common to all k. z: (n, D) -> (n, K). Its softmax over k is eq. (7)."""
+    """log p_k N(μ_k, I)(z) up to a constant that is the same for all k. z: (n, D) -> (n, K). Its softmax is eq. (7)."""
     return priors.log() - squared_distances(z, means) / 2
 
 
@@ -196,7 +196,7 @@ def classification_loss(z: Tensor, labels: Tensor, means: Tensor, priors: Tensor
 
 
 def transfer_style(z: Tensor, source: Tensor, target: Tensor, means: Tensor, t: float = 1.0) -> Tensor:
-    """ẑ = z + t (μ_target - μ_source): eq. (10) at t = 1, a step on the way there for 0 < t < 1.
+    """ẑ = z + t (μ_target - μ_source): eq. (10) at t = 1, a point on the way there for 0 < t < 1.
 
     z: (n, D); source, target: classes (n,); means: (K, D).
     """
@@ -215,12 +215,12 @@ def intensify(z: Tensor, source: Tensor, anti_target: Tensor, means: Tensor, alp
 
 
 def as_input(images: Tensor) -> Tensor:
-    """uint8 images 0 … 255 as the networks take them: [0, 1], nothing else (Sec. VI-A: no preprocessing)."""
+    """uint8 images 0 … 255 scaled to [0, 1], without other preprocessing (Sec. VI-A)."""
     return images.float() / 255
 
 
 def checked_input(images: Tensor) -> Tensor:
-    """uint8 images by `as_input`, floats in [0, 1] as they are. Raises ValueError for other images."""
+    """uint8 images scaled by `as_input`; floats in [0, 1] unchanged. Raises ValueError for other images."""
     if images.dtype == torch.uint8:
         return as_input(images)
     if not (images.is_floating_point() and ((images >= 0) & (images <= 1)).all()):
@@ -263,7 +263,7 @@ class GenerativeModel(nn.Module):
 
     @torch.no_grad()
     def draw(self, n: int, generator: torch.Generator, component: int | None = None) -> tuple[Tensor, Tensor]:
-        """n codes (n, D) and the component (n,) of each. component: None draws components by the priors."""
+        """Draw n codes (n, D) and the component (n,) of each. component: if None, the priors decide."""
         components = torch.multinomial(self.priors.cpu(), n, replacement=True, generator=generator)
         components = components if component is None else torch.full_like(components, component)
         noise = torch.randn(n, self.config.latent_dim, generator=generator)
@@ -309,10 +309,10 @@ class SeGMA(GenerativeModel):
     def loss(self, unlabelled: Tensor, labelled: Tensor, labels: Tensor, precision: str = "fp32") -> dict[str, Tensor]:
         """Eq. (9) on one batch, and its terms: scalars.
 
-        unlabelled: (n, C, H, W), labelled: (m, C, H, W), in [0, 1]; labels: (m,). With β = 0 no label is seen.
+        unlabelled: (n, C, H, W), labelled: (m, C, H, W), in [0, 1]; labels: (m,). With β = 0 the labels are not used.
         """
         config, x = self.config, torch.cat([unlabelled, labelled])
-        seen = config.codes_per_batch  # by the error and the distance: the unlabelled images, which are first, or all
+        seen = config.codes_per_batch  # error and distance use the first images: the unlabelled ones, or all
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
             z = self.encoder(x)
             if config.reconstruction == "squared":
@@ -343,5 +343,5 @@ class SeGMA(GenerativeModel):
         return log_joint(z, self.means, self.priors).argmax(1)
 
     def place(self, noise: Tensor, components: Tensor) -> Tensor:
-        """Codes (B, D) of noise ~ N(0, I), (B, D), around the mean of each one's component (B,)."""
+        """Codes (B, D): noise ~ N(0, I), (B, D), plus the mean of each code's component (B,)."""
         return self.means[components] + noise

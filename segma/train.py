@@ -21,7 +21,7 @@ from common.plots import save_grid
 from common.run import Count, NonNegative, Positive
 from segma.model import GenerativeModel, SeGMA, as_input
 
-SETS = {  # data set: image shape, classes (None: as many as the folder has)
+SETS = {  # data set: image shape, number of classes (None: as many as the folder has)
     "digits": ((1, 28, 28), 10),
     "mnist": ((1, 28, 28), 10),
     "fashion_mnist": ((1, 28, 28), 10),
@@ -36,17 +36,17 @@ SETS = {  # data set: image shape, classes (None: as many as the folder has)
 
 @dataclass(frozen=True)
 class Task:
-    """The data and the optimiser of any system. configs/*.yaml give the source of a value, the ledger the reason."""
+    """The data and the optimiser of any system. configs/*.yaml give the source of each value; the ledger says why."""
 
-    dataset: str = "mnist"  # one of SETS; folder:<path>, folder_colour:<path>: your own images
-    n_components: Count | None = 10  # K, Gaussians, one per class; None: as many as classes
+    dataset: str = "mnist"  # one of SETS; folder:<path> and folder_colour:<path> are your own images
+    n_components: Count | None = 10  # K, the number of Gaussians, one per class; None: as many as classes
     n_labels: Count = 100  # training images whose class is known
-    labels: Literal["random", "stratified", "first"] = "random"  # which ones
+    labels: Literal["random", "stratified", "first"] = "random"  # how these images are chosen
     batch_unlabelled: Count = 100  # images per step from the whole training set, without labels
     batch_labelled: Count = 100  # labelled images per step; all of them if there are fewer
     learning_rate: Positive = 3.0e-4  # of Adam, constant
-    grad_clip_norm: Positive | None = 5.0  # first, the norm over all parameters together
-    grad_clip_value: Positive | None = 1.0  # then each entry to ±this
+    grad_clip_norm: Positive | None = 5.0  # clip the norm over all parameters to this
+    grad_clip_value: Positive | None = 1.0  # then clip each entry to ± this
     epochs: Count = 500  # passes over the training set
 
     LEFT_TO_DATA = ("n_components",)  # fields that the data fill in if the config has null
@@ -60,7 +60,7 @@ class Task:
 
     @property
     def components(self) -> int:
-        """K; 1 if the folder that tells it has not been read yet."""
+        """K; 1 if n_components is None because the data have not been read yet."""
         return self.n_components or 1
 
     @property
@@ -72,14 +72,14 @@ class Task:
 class Config(Task):
     """SeGMA. With label_weight 0 it is unsupervised; with n_components 1 as well it is CWAE."""
 
-    latent_dim: Count = 10  # D
+    latent_dim: Count = 10  # D, dimension of a code
     hidden_dim: Count = 1024  # units of a hidden layer, both sides
     hidden_layers: Count = 2  # hidden layers, both sides
     decoder_layers: Count | None = None  # hidden layers of the decoder; None: hidden_layers
     reconstruction: Literal["squared", "bernoulli"] = "squared"  # eq. (1), or the Bernoulli cross-entropy
-    loss_over: Literal["unlabelled", "all"] = "unlabelled"  # the images in reconstruction error and d²
+    loss_over: Literal["unlabelled", "all"] = "unlabelled"  # the images that reconstruction error and d² use
     distance_weight: NonNegative = 5.0  # α of eq. (9), on log d²
-    label_weight: NonNegative = 10.0  # β of eq. (9), on the cross-entropy; 0: no labels
+    label_weight: NonNegative = 10.0  # β of eq. (9), on the cross-entropy; 0: labels are not used
     mean_init: NonNegative = 0.1  # scale of the initial means
 
     def __post_init__(self):
@@ -93,7 +93,7 @@ class Config(Task):
 
     @property
     def codes_per_batch(self) -> int:
-        """The number of codes of a batch in the distance. Divided by K it is N_c, which gives γ."""
+        """The number of codes per batch in the distance. Divided by K it is N_c, which determines γ."""
         return self.batch_unlabelled + (self.labelled_per_batch if self.loss_over == "all" else 0)
 
     def build(self) -> nn.Module:
@@ -106,14 +106,14 @@ class Batch(NamedTuple):
     unlabelled: Tensor  # (n, C, H, W)
     labelled: Tensor  # (m, C, H, W)
     labels: Tensor  # (m,)
-    m1_alone: bool  # m1m2.py's first phase
-    noise: torch.Generator  # for systems that draw; another one for each step, on the device
+    m1_alone: bool  # whether this step is in M1's phase of m1m2.py
+    noise: torch.Generator  # a new one for each step, on the device; SeGMA does not use it
 
 
 def train_step(
     model: SeGMA, optimizer: torch.optim.Optimizer, batch: Batch, precision: str = "fp32"
 ) -> dict[str, Tensor]:
-    """One step of Sec. V down eq. (9). It moves encoder, decoder and means; the priors are fixed.
+    """One step of gradient descent on eq. (9), Sec. V. It moves encoder, decoder and means; the priors are fixed.
 
     Returns the terms of eq. (9) and the norm of the gradient before clipping, scalars on the device.
     """
@@ -137,15 +137,15 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, config: Task) -> Ten
 
 
 def for_data(config: Task, data: Dataset, seed: int) -> tuple[Task, Tensor]:
-    """The config, with K filled in from the data if it was null, and the labelled images.
+    """Return the config, with K filled in from the data if it was null, and the labelled images.
 
-    The images are indices of training images; none if neither the loss nor the priors use labels.
+    The images are given as indices of training images. There are none if neither loss nor priors use labels.
     Raises UserError if config and data do not fit together.
     """
     n, images, known, wrong = data.n_classes, len(data.train_images), torch.arange(0), {}
     config = replace(config, n_components=config.n_components or n)
     k = config.n_components
-    if n < 2 and config.labelled_per_batch:  # the baselines cannot do without
+    if n < 2 and config.labelled_per_batch:  # no flag helps a baseline, which needs labels
         wrong[f"{data.name} has {n} class; labels need at least 2"] = "--label-weight 0" * isinstance(config, Config)
     elif k != n and config.labelled_per_batch:
         wrong[f"--n-components: {k} cannot stand for the {n} classes of {data.name}"] = f"--n-components {n}"
@@ -176,7 +176,7 @@ def train(config: Task, options: run.Options, step: Callable[..., dict[str, Tens
     replayed = graph.replayed(
         lambda batch: step(model, optimizer, batch, options.precision), [optimizer], options.graph
     )
-    steps = len(images) // config.batch_unlabelled  # an epoch leaves out the last few of its random order
+    steps = len(images) // config.batch_unlabelled  # an epoch leaves out the last few images of its random order
     with run.Run("segma", config, options, data.provenance(), device) as r:
         r.resume(model, {"adam": optimizer}, steps)
         while r.epoch < config.epochs:
@@ -189,7 +189,7 @@ def train(config: Task, options: run.Options, step: Callable[..., dict[str, Tens
                 noise = run.generator(seed, "noise", r.epoch, r.step, device=device)
                 r.after_step(replayed(Batch(x, known_images[y], known_labels[y], m1_alone, noise)))
             more = {}
-            if m and not m1_alone:  # M1 alone has no classifier yet
+            if m and not m1_alone:  # M1 has no classifier
                 with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                     z = model.encode(test_images)
                 more["test_error"] = error_rate(model.classify(z), test_labels)

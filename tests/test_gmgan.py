@@ -1,4 +1,4 @@
-"""GM-GAN: prior, losses, maps, networks, toy, scores and clustering against independent computations; end to end."""
+"""Tests of GM-GAN: prior, losses, maps, networks, toy, scores, clustering, by independent computations; end to end."""
 
 import copy
 import dataclasses
@@ -91,9 +91,9 @@ def test_gradients_reach_means_and_scales_by_the_reparametrisation(kind):
 
 
 def test_losses_by_hand():
-    """Algorithm 1, lines 10-16 and 22-26. Unsupervised, one output stands for every class and Gaussian."""
+    """Algorithm 1, lines 10-16 and 22-26. Without labels, one output stands for every class and Gaussian."""
 
-    def one(row: list[float], wanted: int | None) -> float:  # 1 / (1 + e⁻ˣ) is D's probability, 1 / (1 + eˣ) the rest
+    def one(row: list[float], wanted: int | None) -> float:  # D = 1 / (1 + e⁻ˣ), 1 - D = 1 / (1 + eˣ)
         return sum(math.log(1 + math.exp(-x if m == wanted else x)) for m, x in enumerate(row))
 
     unsupervised = train.Config(dataset="toy", n_components=2, **TINY).build()
@@ -112,7 +112,7 @@ def test_losses_by_hand():
 
 
 def descend(loss: torch.Tensor, network: torch.nn.Module, *more: torch.nn.Module) -> None:
-    """A step of SGD of rate 1, by plain formulas."""
+    """One step of SGD with rate 1, written out."""
     parameters = [p for module in (network, *more) for p in module.parameters()]
     with torch.no_grad():
         for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
@@ -120,7 +120,7 @@ def descend(loss: torch.Tensor, network: torch.nn.Module, *more: torch.nn.Module
 
 
 def replayed(model: GMGAN, batch: train.Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a step of Algorithm 1 draws and computes, in its order, by plain formulas; SGD of rate 1 stands for Adam."""
+    """A step of Algorithm 1 written out, with the same draws in the same order and SGD of rate 1 in place of Adam."""
     config, noise = model.config, run.generator(7, "step")
     k_d = torch.randint(config.components, (len(batch.real),), generator=noise)
     e_d = torch.randn(len(batch.real), config.latent_dim, generator=noise)
@@ -134,7 +134,7 @@ def replayed(model: GMGAN, batch: train.Batch) -> tuple[torch.Tensor, torch.Tens
 
     if config.supervised:
         real_rows = batch.labels % min(config.components, config.class_count)  # K < N: classes may share a Gaussian
-        fake_rows = k_g % config.class_count  # K > N: several Gaussians are one class's
+        fake_rows = k_g % config.class_count  # K > N: several Gaussians may share a class
     else:
         real_rows, fake_rows = torch.zeros_like(batch.labels), torch.zeros_like(k_g)
     d_loss = (bce(d(batch.real), real_rows) + bce(d(g(mixture(e_d, k_d)).detach()), None)) / (2 * len(batch.real))
@@ -146,7 +146,7 @@ def replayed(model: GMGAN, batch: train.Batch) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.fixture
 def double():
-    """Noise, too, of double precision."""
+    """Make float64 the default, so that noise has it too."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -156,7 +156,7 @@ def sgd(model, rate: float = 1.0) -> dict[str, torch.optim.Optimizer]:
     return {player: torch.optim.SGD(parameters, lr=rate) for player, parameters in model.players().items()}
 
 
-@pytest.mark.parametrize("supervised, n_components", [(False, 18), (True, 18), (True, 9), (True, 4)])  # of 9 classes
+@pytest.mark.parametrize("supervised, n_components", [(False, 18), (True, 18), (True, 9), (True, 4)])  # 9 classes
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_a_step_is_algorithm_1(supervised, n_components, kind, double):
     values = {"n_components": n_components, "mixture": kind, "supervised": supervised}
@@ -208,8 +208,8 @@ def test_bf16_is_the_networks_arithmetic_and_losses_stay_in_fp32():
 
 def test_the_map_between_gaussians_and_classes():
     assert [t.tolist() for t in correspondence(3, 3, None)] == [[0, 1, 2], [0, 1, 2]]
-    assert [t.tolist() for t in correspondence(5, 3, None)] == [[0, 1, 2, 0, 1], [0, 1, 2]]  # f, several to one class
-    assert [t.tolist() for t in correspondence(2, 3, None)] == [[0, 1], [0, 1, 0]]  # g, classes clustered
+    assert [t.tolist() for t in correspondence(5, 3, None)] == [[0, 1, 2, 0, 1], [0, 1, 2]]  # f: 0, 3 share class 0
+    assert [t.tolist() for t in correspondence(2, 3, None)] == [[0, 1], [0, 1, 0]]  # g: classes share a Gaussian
     assert [t.tolist() for t in correspondence(4, 2, "1,1,0,1")] == [[1, 1, 0, 1], [0, 1]]
     assert [t.tolist() for t in correspondence(2, 4, "1, 1, 0, 1")] == [[0, 1], [1, 1, 0, 1]]
 
@@ -258,7 +258,7 @@ def test_shapes_of_the_image_networks(channels, side):
     assert d(images).shape == (2, 10)
     assert seen == SIDES[side][::-1]
     norms = [m.num_features for m in d.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert norms == [depth for depth, _ in SIDES[side][::-1][1:]]  # none next to the image
+    assert norms == [depth for depth, _ in SIDES[side][::-1][1:]]  # no norm next to the image
 
 
 def test_shapes_of_the_auto_encoder():
@@ -268,7 +268,7 @@ def test_shapes_of_the_auto_encoder():
 
 
 def normalised(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Batch normalisation while training, over all but the channels."""
+    """Batch normalisation in training mode, over all dimensions except the channels."""
     x = x.movedim(1, -1)
     over = tuple(range(x.dim() - 1))
     x = (x - x.mean(over)) / (x.var(over, unbiased=False) + 1e-5).sqrt() * scale + shift
@@ -281,11 +281,11 @@ def test_the_image_networks_by_plain_formulas_and_their_first_weights(module, de
     torch.manual_seed(0)
     model = module.Config(dataset="mnist", width=16, dense_units=dense).build()
     for name, p in model.named_parameters():
-        mean = float(p.dim() == 1 and name.endswith("weight"))  # batch normalisation's
+        mean = float(p.dim() == 1 and name.endswith("weight"))  # 1 for the weights of batch normalisation
         assert abs(p.mean() - mean) < 0.1 / p.numel() ** 0.5  # five standard errors
         std = 0.02 * name.endswith("weight")
         assert p.numel() == 1 or abs(p.std() - std) <= std * 5 / (2 * p.numel()) ** 0.5, name
-        p.data = mean + torch.randn_like(p) / (p[0].numel() if p.dim() > 1 else 16) ** 0.5  # so that all of it matters
+        p.data = mean + torch.randn_like(p) / (p[0].numel() if p.dim() > 1 else 16) ** 0.5  # so that each one matters
 
     def leaky(x):
         return torch.where(x > 0, x, 0.2 * x)
@@ -328,7 +328,7 @@ OF_PART |= {"long": {"epochs": 216, "purity_every": 5}, "c015": {"mean_range": 0
 OF_PART |= {"dense": {"dense_units": 1024, "purity_every": 5}}
 OF_PART |= {"all": {"n_classes": None, "n_components": None, "epochs": 40}}
 KMEANS = {"latent_dim": 10, "batch_real": 256, "learning_rate": 1e-3, "beta1": 0.9}  # ledger 18
-NARROW = {"gan", "acgan", "k20", "dynamic", "supervised"}  # of mnist and fashion: ledger 27
+NARROW = {"gan", "acgan", "k20", "dynamic", "supervised"}  # narrow on mnist and fashion: ledger 27
 
 
 def test_every_value_of_every_config_is_the_paper_s_or_the_ledger_s():
@@ -373,7 +373,7 @@ def test_negative_log_likelihood_and_entropy_against_scipy():
     gaussian = multivariate_normal([0, 0], [[2.0, 0.5], [0.5, 0.3]])
     points = torch.from_numpy(gaussian.rvs(20_000, random_state=0))
     assert toy.entropy(points) == pytest.approx(gaussian.entropy(), abs=0.02)
-    data = toy.dataset().train_images  # the truth's own entropy is the expectation of its negative log-likelihood
+    data = toy.dataset().train_images  # the entropy of the true density is its expected negative log-likelihood
     assert toy.entropy(data) == pytest.approx(toy.negative_log_likelihood(data), abs=0.05)
 
 
@@ -381,18 +381,18 @@ def test_main_modes():
     points = toy.MODES.repeat_interleave(10, 0)
     assert toy.main_modes(points, torch.arange(9).repeat_interleave(10)) == (100, 9)
     assert toy.main_modes(points, torch.zeros(90, dtype=torch.int64)) == (pytest.approx(100 / 9), 1)
-    assert toy.main_modes(points[:20], torch.arange(2).repeat(10)) == (50, 1)  # two groups, both over the same two
+    assert toy.main_modes(points[:20], torch.arange(2).repeat(10)) == (50, 1)  # two groups, both on the same two modes
 
 
 def test_convergence():
-    found = toy.convergence([9.0] * 30 + [2.0] * 40)  # of 20 values the middle one: 2.0 once more than half are
+    found = toy.convergence([9.0] * 30 + [2.0] * 40)  # the median of 20 values is 2.0 once half of them are
     assert found["close_after"] == found["settled_after"] == 40 and found["mean_nll"] == pytest.approx(5)
-    spike = toy.convergence([9.0] * 10 + [2.0] * 40 + [9.0] * 15 + [2.0] * 35)  # there, away again, back
+    spike = toy.convergence([9.0] * 10 + [2.0] * 40 + [9.0] * 15 + [2.0] * 35)  # it arrives, leaves and comes back
     assert spike["close_after"] == 20 and spike["settled_after"] > 65
-    noise = toy.convergence([2.0 + 0.9 * (i % 3 == 0) for i in range(60)])  # single epochs that are off are no motion
+    noise = toy.convergence([2.0 + 0.9 * (i % 3 == 0) for i in range(60)])  # single outlying epochs do not count
     assert noise["close_after"] == noise["settled_after"] == 20
     assert toy.convergence([5.0, 4.0])["settled_after"] == 2
-    assert [toy.convergence([2 + x] * 30 + [2.0] * 40)["close_after"] for x in (0.24, 0.26)] == [20, 40]  # nats
+    assert [toy.convergence([2 + x] * 30 + [2.0] * 40)["close_after"] for x in (0.24, 0.26)] == [20, 40]  # 0.25 nats
 
 
 def test_a_supervised_toy_is_judged_by_its_map(monkeypatch):
@@ -406,11 +406,11 @@ def test_a_supervised_toy_is_judged_by_its_map(monkeypatch):
     assert found["covered_modes"] == 9 and found["purity"] == 100
     model = run.experiment_config("gmgan", "toy-acgan").build()  # its class c is mode c
     assert toy.scores(model, [{"epoch": 1, "nll": 2.0}])["samples_of_their_class"] == 100
-    for copies, covered in ((1, 8), (2, 9)):  # the last mode has 0.6 or 1.2 % of the samples; a tenth of a ninth counts
+    for copies, covered in ((1, 8), (2, 9)):  # the last mode has 0.6 or 1.2 % of samples; it needs a tenth of a ninth
         several = torch.cat([toy.MODES[:8].repeat(20, 1), toy.MODES[8:].repeat(copies, 1)])
         monkeypatch.setattr(toy, "samples", lambda *_, x=several: (x, torch.zeros(len(x), dtype=torch.int64)))
         assert toy.scores(model, [])["covered_modes"] == covered
-    assert "settled_after" not in toy.scores(model, [])  # of a run that was stopped in its first epoch
+    assert "settled_after" not in toy.scores(model, [])  # a run that was stopped in its first epoch has no rows
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
@@ -418,7 +418,7 @@ def test_a_supervised_toy_is_judged_by_its_map(monkeypatch):
 
 @pytest.mark.parametrize("shape, n_scales", [((1, 28, 28), 2), ((3, 32, 32), 2), ((3, 40, 40), 2), ((3, 96, 96), 4)])
 def test_ms_ssim_against_torchmetrics(shape, n_scales):
-    """From its SSIM at each scale, cut to where the window fits: its own MS-SSIM mirrors borders at the last scale."""
+    """By its SSIM at each scale, cut where the window fits; its MS-SSIM mirrors borders at the last scale."""
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
     assert scores.scales(shape[1]) == n_scales
@@ -449,7 +449,7 @@ def test_intra_class_diversity_estimates_the_sum_over_all_pairs(monkeypatch):
     found, error = scores.intra_class_diversity(images, 4000, g)
     assert abs(found - exact) < 4 * error and 0 < error < 0.02
     same, error = scores.intra_class_diversity(images[:1].repeat(5, 1, 1, 1), 50, g)
-    assert same == pytest.approx(0, abs=1e-5) and error == pytest.approx(0, abs=1e-5)  # one image has no diversity
+    assert same == pytest.approx(0, abs=1e-5) and error == pytest.approx(0, abs=1e-5)  # copies of one image
     monkeypatch.setattr(scores, "ms_ssim", lambda *pair: torch.stack(pair).amax((0, 2, 3, 4)))
     assert scores.intra_class_diversity(torch.full((5, 1, 2, 2), 255, dtype=torch.uint8), 150, g)[0] == 0  # 255 is 1
 
@@ -459,7 +459,7 @@ def test_quality_at_its_corners():
     distances = scores.nearest_distances(train_features, train_features)
     log_a = 3.0
     a = math.exp(log_a)
-    # A copy of the training set: eq. (6)'s largest value, 1 - 1 / (1 + a).
+    # A copy of the training set has the largest value of eq. (6), 1 - 1 / (1 + a).
     torch.testing.assert_close(scores.quality(distances, log_a), torch.full((300,), 1 - 1 / (1 + a)), atol=1e-5, rtol=0)
     far = torch.tensor([0.5, 3.0, 40.0, 1000.0])
     expected = [1 - math.exp(d) / (math.exp(d) + a) for d in (0.5, 3.0, 40.0)]
@@ -551,13 +551,13 @@ def test_images_are_converted_or_refused(module):
         with pytest.raises(ValueError, match=r"expected uint8, or floats in \[-1, 1\]"):
             ask(wrong)
     if module is train:
-        toy_points = 5 * torch.randn(3, 2)  # have no range
+        toy_points = 5 * torch.randn(3, 2)  # points have no fixed range
         model = train.Config(dataset="toy", width=2).build()
         assert torch.equal(model.discriminate(toy_points), model.discriminator(toy_points).sigmoid())
 
 
 class Coded(GMGAN):
-    """Its images say what they were made from: the first pixel is the group, the second the multiplier, the rest ε."""
+    """Its images encode their origin: the first pixel is the group, the second the multiplier, three others are ε."""
 
     def generate(self, epsilon, groups, multiplier=1.0):
         images = torch.full((len(groups), 1, 28, 28), -1.0)
@@ -600,7 +600,7 @@ def test_what_is_said_of_groups_and_classes():
     supervised = coded(supervised=True, n_components=4, n_classes=4, class_map="3,2,1,0")
     found = scores.groups_and_classes(supervised, torch.tensor([3, 2, 1, 3]), torch.tensor([0, 1, 2, 3]), 4)
     assert found == {"samples_of_their_class": 75}
-    grouped = coded(supervised=True, n_components=2, n_classes=4)  # classes 0, 2 are Gaussian 0's, 1, 3 Gaussian 1's
+    grouped = coded(supervised=True, n_components=2, n_classes=4)  # classes 0, 2 share Gaussian 0; 1, 3 share 1
     found = scores.groups_and_classes(grouped, torch.tensor([0, 2, 1, 3]), torch.tensor([0, 0, 0, 1]), 4)
     assert found == {"samples_of_their_class": 75}
     assert scores.groups_and_classes(coded(n_components=1), classes, groups, 4) == {}
@@ -611,7 +611,7 @@ def test_clustering_is_of_both_sets_and_in_this_order(monkeypatch):
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(4, (40,), generator=g)
 
-    def images(labels):  # what `Coded` makes of group 3 - label
+    def images(labels):  # images as `Coded` makes them for group 3 - label
         made = torch.zeros(len(labels), 1, 28, 28, dtype=torch.uint8)
         made[:, 0, 0, 0] = (3 - labels).to(torch.uint8)
         return made
@@ -620,17 +620,17 @@ def test_clustering_is_of_both_sets_and_in_this_order(monkeypatch):
     monkeypatch.setattr(classifier, "train", lambda x, y, *_: seen.append((x[:, 0, 0, 0].long(), y)))
     monkeypatch.setattr(classifier, "classify", lambda network, x: x[:, 0, 0, 0].long())
     wrong = labels.clone()
-    wrong[:10] = (wrong[:10] + 1) % 4  # of the test set a quarter is mislabelled
+    wrong[:10] = (wrong[:10] + 1) % 4  # a quarter of the test set is mislabelled
     data = Dataset("mnist", images(labels), labels, images(labels), wrong, tuple("abcd"), "0" * 16, False)
     found = gmgan_eval.clustering(model, data, 0)
-    assert torch.equal(*seen[0]) and len(seen[0][0]) == 20  # labelled by the Gaussian that made it, M of each
+    assert torch.equal(*seen[0]) and len(seen[0][0]) == 20  # M images of each Gaussian, labelled by it
     assert found["accuracy"] == 1 and found["accuracy_test"] == 0.75
     assert found["nmi"] == pytest.approx(1) and found["nmi_test"] < 0.8
     assert gmgan_eval.clustering(coded(n_components=5), data, 0) == {}
 
 
 def test_scores_of_a_set_of_images():
-    """The corners of Sec. 3.2 through the whole path: a copy of the training set, and a single image many times."""
+    """The extreme cases of Sec. 3.2 with all scores: a copy of the training set, and many copies of one image."""
     data = narrow_digits(3)
     torch.manual_seed(0)
     network = classifier.Network((1, 28, 28), 3).eval()
@@ -644,7 +644,7 @@ def test_scores_of_a_set_of_images():
 
 
 def test_what_is_scored_of_how_many_samples(monkeypatch, capsys):
-    """Ledgers 13, 15: 10,000 samples, 5,000 at each σ of Fig. 7, 50,000 for Table 2; log a is a median."""
+    """Ledgers 13, 15: 10,000 samples are scored, 5,000 at each σ of Fig. 7, 50,000 for Table 2; log a is a median."""
     assert (gmgan_eval.PAIRS, gmgan_eval.INCEPTION_SAMPLES, train.JUDGED) == (5000, 50_000, 5000)
     data, model, seen = narrow_digits(3), coded(n_components=3, n_classes=3), []
     torch.manual_seed(0)
@@ -664,7 +664,7 @@ def test_what_is_scored_of_how_many_samples(monkeypatch, capsys):
     assert found["log_a"] == pytest.approx(log_a, rel=1e-5) and found["classifier_accuracy"] == 99
     assert torch.equal(seen[0], model.sample_mixture(10_000, 1.0, 3)[0])
     assert len(seen) == 17 and found["quality"] == 1
-    assert capsys.readouterr().out.count("\nσ = ") == 16  # it is never silent for long
+    assert capsys.readouterr().out.count("\nσ = ") == 16  # one line for each σ
     for i in range(16):
         sigma = round(0.5 + 0.1 * i, 1)
         assert torch.equal(seen[1 + i], model.sample_mixture(5000, sigma, 3)[0])
@@ -718,7 +718,7 @@ def fixtures(tmp_path_factory):
     return root, make
 
 
-# Each kind of experiment on each kind of data; the others are the same code with other numbers, and are built below.
+# Each kind of experiment on each kind of data. The others run the same code with other numbers; see the next test.
 WALKED = [
     "mnist", "mnist-dynamic", "mnist-supervised", "mnist-k20", "mnist-gan", "mnist-acgan", "fashion-supervised-dynamic",
     "fashion-kmeans", "cifar10-supervised-k20", "stl10-acgan", "signs", "signs-all", "signs-kmeans",
@@ -771,7 +771,7 @@ def test_every_gan_builds_and_draws(experiment):
     model = config.build()
     fake, groups = model.draw(2, torch.Generator())
     outputs = {"acgan": 11}.get(run.module_of("gmgan", experiment), 10 if "supervised" in experiment else 1)
-    outputs -= "toy-acgan" == experiment or "toy-supervised" == experiment  # nine classes
+    outputs -= "toy-acgan" == experiment or "toy-supervised" == experiment  # the toy has nine classes
     assert model.discriminator(fake).shape == (2, outputs) and fake.shape[1:] == config.shape and len(groups) == 2
     assert {m.negative_slope for m in model.modules() if isinstance(m, torch.nn.LeakyReLU)} == {0.2}
 
@@ -792,7 +792,7 @@ def test_the_inception_score_of_a_run(fixtures, tmp_path, monkeypatch):
     monkeypatch.setattr(gmgan_eval.inception, "features", features)
     torch.manual_seed(0)
     model = run.experiment_config("gmgan", "cifar10", {"width": 2}).build()
-    with torch.no_grad():  # else an untrained network makes all images alike
+    with torch.no_grad():  # otherwise the images of an untrained network are all alike
         model.generator[-2].weight.mul_(300)
     options = run.Options("cifar10")
     found, judge = gmgan_eval.inception_score(model, make("cifar10"), options)
@@ -824,7 +824,7 @@ def test_the_loop_takes_plain_adam_s_steps_with_new_noise_and_a_new_order_each_e
         seen.append((index, noise := batch.noise.initial_seed()))
         train.train_step(*plain, batch._replace(noise=torch.Generator().manual_seed(noise)))
         losses = train.train_step(model, optimizers, batch, precision)
-        for p, q in zip(model.parameters(), plain[0].parameters(), strict=True):  # a bias before a norm only drifts
+        for p, q in zip(model.parameters(), plain[0].parameters(), strict=True):  # a bias before a norm drifts
             torch.testing.assert_close(p, q, atol=1e-6 if p.dim() > 1 else 1e-2, rtol=1e-4)
         return losses
 
@@ -855,10 +855,10 @@ def test_purity_is_noted_now_and_then_and_neither_that_nor_a_cut_in_two_changes_
 
 
 def test_the_toy_end_to_end_and_the_figures_that_compare(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(toy, "POINTS", 500)  # of samples; the data were drawn before
+    monkeypatch.setattr(toy, "POINTS", 500)  # samples; the data too, unless an earlier test drew them
     toy.dataset()
     monkeypatch.setattr(toy, "MULTIPLIERS", (0.5, 1.0))
-    monkeypatch.setattr(run, "differs", lambda *_: False)  # the folder of the experiment itself, though it is smaller
+    monkeypatch.setattr(run, "differs", lambda *_: False)  # the smaller run keeps the experiment's folder
     for experiment in ("toy", "toy-gan"):
         where = [experiment, "--runs", tmp_path, "--threads", "1"]
         assert call(train.main, *where, "--epochs", "2", "--width", "8", capsys=capsys)[0] == 0
@@ -870,7 +870,7 @@ def test_the_toy_end_to_end_and_the_figures_that_compare(tmp_path, capsys, monke
     read = diff.read
     monkeypatch.setattr(diff, "read", lambda paper, runs=None: read(paper, runs) if runs else [])  # no reference runs
     code, out, err = call(gmgan_figures.main, "--runs", tmp_path, capsys=capsys)
-    # Of short runs no figure is made.
+    # Runs with another config give no figure.
     assert code == 2 and "toy left out: another config (width 8)" in out and "train one first" in err
     monkeypatch.setattr(diff, "not_comparable", lambda *_: None)
     code, out, err = call(gmgan_figures.main, "--runs", tmp_path, capsys=capsys)
@@ -879,7 +879,7 @@ def test_the_toy_end_to_end_and_the_figures_that_compare(tmp_path, capsys, monke
 
 
 def test_the_command_line(tmp_path):
-    """The real one, once: a short run learns, is evaluated, and shows in the diff. Untrained, it is nearly a point."""
+    """The real command line: a short run learns, is evaluated and is in the diff. Untrained samples nearly coincide."""
     torch.manual_seed(0)
     made, _ = toy.samples(run.experiment_config("gmgan", "toy").build())
     assert toy.negative_log_likelihood(made) - toy.entropy(made) > 4
@@ -924,7 +924,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, cap
 
 # ------------------------------------------------------------------------------------------------- published numbers
 
-TABLE_2 = {  # the score and its standard error of GAN or AC-GAN, then of k = 10, 20, 30
+TABLE_2 = {  # (score, standard error) of GAN or AC-GAN, then of k = 10, 20, 30
     "CIFAR-10, unsupervised": [(5.71, 0.06), (5.92, 0.07), (5.91, 0.05), (5.98, 0.05)],
     "CIFAR-10, supervised": [(6.23, 0.07), (6.84, 0.03), (6.81, 0.04), (6.83, 0.02)],
     "STL-10, unsupervised": [(6.80, 0.07), (7.06, 0.11), (6.58, 0.16), (7.03, 0.10)],

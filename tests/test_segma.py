@@ -1,4 +1,4 @@
-"""SeGMA's equations against independent oracles, its networks against the paper's text, its training end to end."""
+"""Tests of SeGMA: equations by independent computations, networks by the paper's text, and training end to end."""
 
 import csv
 import dataclasses
@@ -40,7 +40,7 @@ from tests.conftest import ROOT, run_command, slope
 
 
 def exact_phi(s: torch.Tensor, dim: int) -> torch.Tensor:
-    """φ_D(s) = 1F1(1/2; D/2; -s), of which the paper prints the asymptotic form."""
+    """φ_D(s) = 1F1(1/2; D/2; -s), exactly. The paper prints its asymptotic form."""
     return torch.from_numpy(np.asarray(hyp1f1(0.5, dim / 2, -s.numpy())))
 
 
@@ -52,7 +52,7 @@ def small(**values) -> SeGMA:
 
 
 def toy(means: torch.Tensor) -> SeGMA:
-    """A system whose codes are what they are: identities around given means."""
+    """A SeGMA with these means. Encoder and decoder are identities, so that an image is its own code."""
     system = small(n_components=len(means), batch_unlabelled=100)
     system.encoder = system.decoder = torch.nn.Identity()
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_distance_is_eq_3_summed_over_all_pairs():
 
 
 def test_distance_with_exact_phi_is_the_sliced_kernel_distance():
-    """The definition: the mean over directions v of ∫ (smoothed density of v·Z - of v·P)² dt, by quadrature."""
+    """The definition, by quadrature: the mean over v of ∫ (smoothed density of v·Z - smoothed density of v·P)² dt."""
     dim, gamma, directions = 10, 0.5, 3000
     means, priors = random_mixture(3, dim)
     z = sample_mixture(25, means, priors) + 0.7
@@ -170,7 +170,7 @@ def test_bandwidth_is_silvermans():
 
 def test_posterior_is_eq_7_and_classify_its_mode():
     means, priors = random_mixture(4, 10)
-    between = [(means[i] + means[j]) / 2 for i, j in itertools.combinations(range(4), 2)]  # where the priors decide
+    between = [(means[i] + means[j]) / 2 for i, j in itertools.combinations(range(4), 2)]  # here the priors decide
     z = torch.cat([sample_mixture(44, means, priors), torch.stack(between)])
     densities = [multivariate_normal(mu.numpy(), np.eye(10)).pdf(z.numpy()) for mu in means]
     joint = np.stack(densities, 1) * priors.numpy()
@@ -202,7 +202,7 @@ def test_bernoulli_error_is_the_binary_cross_entropy():
     for i in range(logits.numel()):
         numerical = slope(lambda: model.bernoulli_error(x, logits), logits, i, 1e-6)
         assert gradient.flatten()[i].item() == pytest.approx(numerical, rel=1e-5, abs=1e-8)
-    # A sigmoid in bf16 is 0 there, and its logarithm would be cut off at -100.
+    # At this logit a sigmoid in bf16 is 0, and its logarithm would be cut off at -100.
     extreme = model.bernoulli_error(torch.ones(1, 1, 1, 1), torch.tensor([[[[-120.0]]]], dtype=torch.bfloat16))
     assert extreme.item() == pytest.approx(120, rel=1e-6)
 
@@ -263,7 +263,7 @@ def test_loss_is_eq_9_of_its_parts():
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("shape", ["mnist", "celeba"])
 def test_the_bernoulli_reading_changes_the_reconstruction_error_alone(labelled, shape):
-    """Also without labels, as in CWAE and the unsupervised variant, and with the appendix's convolutions."""
+    """This also holds without labels (CWAE, the unsupervised variant) and with the appendix's convolutions."""
     system = small(dataset=shape, label_weight=10.0 if labelled else 0.0, reconstruction="bernoulli")
     shape = system.config.image_shape
     x, known, labels = torch.rand(10, *shape), torch.rand(5, *shape), torch.tensor([0, 1, 2, 3, 3])
@@ -372,7 +372,7 @@ def test_images_go_in_as_bytes_or_as_floats_in_the_unit_range():
 
 # ------------------------------------------------------------------------------------------------------------ configs
 
-FIELDS = {  # MNIST, SVHN, CelebA: Secs. V and VI-A, appendix; batches, means, clipping, epochs: the authors' code
+FIELDS = {  # (MNIST, SVHN, CelebA), from the paper; batches, means, clipping and epochs from the authors' code
     **{"dataset": ("mnist", "svhn_extra", "celeba"), "n_components": (10, 10, 4), "labels": "random"},
     **{"n_labels": (100, 1000, 1000), "batch_unlabelled": (100, 1000, 256), "batch_labelled": (100, 1000, 256)},
     **{"learning_rate": 3e-4, "grad_clip_norm": 5.0, "grad_clip_value": 1.0, "epochs": (500, 400, 500)},
@@ -398,7 +398,7 @@ ADGM = VAE | {  # [11] and its code; CelebA: the appendix. α = 0.1 N / N_l
     **{"label_weight": (0.1 * 60_000 / 100, 0.1 * 604_388 / 1000, 0.1 * 182_637 / 1000)},
 }
 CWAE = {"n_components": 1, "label_weight": 0.0, "mean_init": 0.0, "grad_clip_norm": None, "grad_clip_value": None}
-OF_DIGITS = {  # 1,437 images in steps of 100
+OF_DIGITS = {  # 1,437 images in batches of 100
     "digits": {"mean_init": 4.0, "epochs": 150},
     "digits-m1m2": {"labelled_weight": 100 / 1437, "m1_epochs": 200, "epochs": 500},
     "digits-adgm": {"label_weight": 0.1 * 1437 / 100, "epochs": 150},
@@ -457,7 +457,7 @@ def test_a_short_run_learns(trained):
     folder = trained / "segma/digits/seed3"
     rows = list(csv.DictReader(open(folder / "log.csv")))
     assert [int(row["epoch"]) for row in rows] == list(range(1, 13))
-    # What seed 3 gave when this was written, with room for another machine's rounding: a wrong term misses it.
+    # Values of seed 3. The tolerances allow for the rounding of other machines; a wrong term exceeds them.
     pinned = {"mse": (8.76, 0.8), "d2": (0.0062, 0.0025), "cross_entropy": (0.0067, 0.004)}
     for name, (value, tolerance) in (pinned | {"test_error": (12.5, 3.0), "loss": (-16.7, 2.0)}).items():
         assert float(rows[-1][name]) == pytest.approx(value, abs=tolerance), name
@@ -491,7 +491,7 @@ def test_eval_json_is_complete(trained):
     assert provenance["training_seconds"] > 0
     judged = {"test_error", "nearest_neighbour_error", "reconstruction_error", "distance"}
     claims = {"nearest_image_of_their_class", "sampled_gradient_noise", "lines_6_to_9_through_4"}
-    assert set(result["metrics"]) == judged | claims  # FID is left out, never faked
+    assert set(result["metrics"]) == judged | claims  # no FID without the weights
     assert set(result["details"]) == {"sampled_distance", "mean_distances", "nearest_class", "between"}
 
 
@@ -539,12 +539,12 @@ def test_figures_of_any_class_names_and_of_a_single_epoch(tmp_path, monkeypatch)
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: made.append(figure))
     lines = {"-".join(pair): {"$_$ and not smiling": 0.5} for pair in itertools.combinations(names, 2)}
     geometry({"mean_distances": torch.rand(4, 4).tolist(), "between": lines}, names, tmp_path)
-    for figure in made:  # nothing is printed over anything else, and $…$ is no formula
+    for figure in made:  # no text covers another, and $…$ is not read as a formula
         figure.canvas.draw()
         boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
         assert len(boxes) == 12 and all(box.count_overlaps(boxes) == 1 for box in boxes)
         assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == names
-    before = len(made)  # of two classes there is no third one between
+    before = len(made)  # between two classes there is no third one
     geometry({"mean_distances": torch.rand(2, 2).tolist(), "between": {"a-b": {}}}, ["a", "b"], tmp_path)
     assert len(made) == before + 1
     rows = [{"epoch": 1, "mse": 20.0, "d2": 0.1}, {"epoch": 2, "mse": 10.0, "d2": 0.001}]
@@ -560,7 +560,7 @@ def test_a_figure_says_below_everything_else_whose_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.pyplot.close", lambda figure: None)
     figure, axes = plots.subplots()
     axes.plot([0, 1], label="curve")
-    axes.legend(bbox_to_anchor=(0.5, -0.2))  # hangs below the panel
+    axes.legend(bbox_to_anchor=(0.5, -0.2))  # the legend hangs below the panel
     plots.save_figure(figure, tmp_path / "x.png")
     (said,) = figure.texts
     assert said.get_text() == plots.OF
@@ -569,7 +569,7 @@ def test_a_figure_says_below_everything_else_whose_it_is(tmp_path, monkeypatch):
 
 def test_figures_7_and_8_start_from_the_class_that_eq_7_gives(tmp_path, monkeypatch):
     means = torch.zeros(4, 10)
-    means[:, 0] = torch.tensor([0.0, 20.0, 60.0, 90.0])  # the nearest: 1 of 0, 0 of 1, 3 of 2, 2 of 3
+    means[:, 0] = torch.tensor([0.0, 20.0, 60.0, 90.0])  # nearest: 1 to 0, 0 to 1, 3 to 2, 2 to 3
     system, assigned, drawn = toy(means), torch.arange(12) % 4, []
     z = means[assigned] + torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
     system.decoder = torch.nn.Unflatten(1, (1, 1, 10))
@@ -587,7 +587,7 @@ def test_figures_7_and_8_start_from_the_class_that_eq_7_gives(tmp_path, monkeypa
     torch.testing.assert_close(codes[0][:, -1], z[chosen] + means[target] - means)
     assert drawn[1][4] == ["0, away from 1", "1, away from 0", "2, away from 3", "3, away from 2"]
     torch.testing.assert_close(codes[1][:, 2], z[chosen] + 0.5 * (means - means[[1, 0, 3, 2]]))
-    for seed in range(20):  # where no image is taken for 3 it goes from another class to another than that
+    for seed in range(20):  # no image is classified as 3: row 3 starts from another class
         style_transfers(system, data, z[assigned % 3], torch.Generator().manual_seed(seed), tmp_path)
         assert all(source != target for source, target in (row.split(" to ") for row in drawn[-1][4]))
 
@@ -616,7 +616,7 @@ def test_lines_pass_through_the_class_that_lies_between():
     means[:, 0] = torch.tensor([0, 100, 200, 300, 60, 500, 50, 700, 800, 70]).float()  # 6 at 50, 4 at 60, 9 at 70
     system, data = toy(means), load("digits", "")
     z = means[data.test_labels]
-    z[(data.test_labels == 8).nonzero()[::2, 0]] = means[1]  # eq. (7) takes these for 1s: no line begins there
+    z[(data.test_labels == 8).nonzero()[::2, 0]] = means[1]  # eq. (7) classifies these as 1: no line starts there
     shares = between(system, data, z, seed=0)
     assert shares["6-9"] == {"4": 1.0}
     assert shares["4-6"] == shares["1-2"] == shares["7-8"] == {}
@@ -643,7 +643,7 @@ def test_to_bytes_clips_and_truncates():
 
 
 def test_fids_are_taken_against_train_and_test(monkeypatch, tmp_path, trained):
-    """Tables I and III with a random projection in the place of the Inception network: the wiring, and the cache."""
+    """Tables I and III, and the cache, with a random projection in place of the Inception network."""
     projection = torch.randn(784, 16, generator=torch.Generator().manual_seed(0))
     calls = []
 
@@ -681,7 +681,7 @@ def test_without_weights_fid_is_left_out_and_the_reason_printed(monkeypatch, cap
 
 
 def test_the_readme_example_runs(trained):
-    """The lines of the README, as they stand there, on a run of ours."""
+    """Run the lines of the README unchanged, except that they load a run of this test."""
     text = (ROOT / "README.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "from segma import load" in block)
     target = trained / "segma/digits/seed0"
@@ -695,7 +695,7 @@ def test_the_readme_example_runs(trained):
 
 
 def test_the_closed_form_is_what_sampling_tends_to():
-    """With the exact φ_D in both; the asymptotic one is not consistent between points and Gaussians."""
+    """Both use the exact φ_D, since the asymptotic one is not consistent between points and Gaussians."""
     means, priors = random_mixture(4, 10)
     z, gamma = sample_mixture(50, means, priors, seed=2), 0.6
     exact = model.cramer_wold_distance(z, means, priors, gamma, exact_phi).item()
@@ -723,14 +723,14 @@ def test_noise_of_the_sampled_gradient_falls_as_one_over_the_root_of_n():
 def test_verdict_counts_samples_of_their_class():
     found, components = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 1, 2, 2, 2])
     assert verdict(found, components, 3, True) == {"nearest_image_of_their_class": pytest.approx(500 / 6)}
-    found = torch.tensor([2, 2, 0, 1, 1, 1])  # component 0 is all 2s, component 1 one 0, component 2 all 1s
+    found = torch.tensor([2, 2, 0, 1, 1, 1])  # component 0 has only 2s, component 1 one 0, component 2 only 1s
     assert verdict(found, components, 3, False) == {"nearest_image_purity": pytest.approx(100)}
     purity = verdict(torch.tensor([0, 1, 0, 1, 2, 2]), components, 3, False)
     assert purity == {"nearest_image_purity": pytest.approx(400 / 6)}
 
 
 def test_a_sample_has_the_class_of_the_nearest_training_image():
-    """Codes are images here: component k is bright in pixel k, and so are the training images of class k + 1."""
+    """Codes are images here. Samples of component k are bright in pixel k, and so is training image k."""
     system = toy(50 * torch.eye(4, 10))
     system.priors.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]))
     images = (255 * torch.eye(4, 10)).to(torch.uint8).view(4, 1, 1, 10)
@@ -756,7 +756,7 @@ def test_without_labels_no_label_is_seen():
 
 
 def test_cwae_is_eq_4():
-    """K = 1 at the origin: the distance of a batch from N(0, I), eq. (4) written out."""
+    """With K = 1 and μ = 0 the distance is that of a batch from N(0, I): eq. (4), written out here."""
     torch.manual_seed(0)
     z, gamma, dim = torch.randn(20, 10, dtype=torch.float64), 0.3, 10
     found = model.cramer_wold_distance(z, torch.zeros(1, 10).double(), torch.ones(1).double(), gamma)

@@ -1,4 +1,4 @@
-"""M1+M2 and ADGM: bounds against independent computations, networks; training and evaluation of every experiment."""
+"""Tests of M1+M2 and ADGM: bounds by independent computations, networks, and every experiment end to end."""
 
 import dataclasses
 import importlib
@@ -23,7 +23,7 @@ M1_SIZES = {"m1_latent_dim": 2, "m1_hidden_dim": 5, "m1_hidden_layers": 1, "m1_e
 
 
 def small(module, std: float = 0.6, **values):
-    """A tiny baseline of random weights in float64, on 1×2×2 images and 3 classes."""
+    """A tiny baseline with random weights in float64, for 1×2×2 images and 3 classes."""
 
     class Config(module.Config):
         image_shape = (1, 2, 2)
@@ -38,7 +38,7 @@ def small(module, std: float = 0.6, **values):
 
 
 def reconfigured(system, **values):
-    """The same networks under a config that differs in these fields."""
+    """The same networks with a config that differs in these fields."""
     system.config = dataclasses.replace(system.config, **values)
     return system
 
@@ -86,7 +86,7 @@ def test_m1_bound_lies_below_the_log_likelihood_by_the_kl():
     system = small(m1m2)
     x = torch.tensor([1.0, 0, 1, 1], dtype=torch.float64).view(1, 1, 2, 2)
     bound = system.m1_bound(x.expand(40000, -1, -1, -1), noise()).mean().item()
-    # log p(x) by samples of the prior, and by importance sampling from q: two ways that share nothing but p(x|z1).
+    # log p(x) from samples of the prior, and from importance sampling with q. These two ways share only p(x|z1).
     z = torch.randn(400_000, 2, generator=noise(1), dtype=torch.float64)
 
     def log_p(z1):
@@ -106,7 +106,7 @@ def test_m2_bounds_lie_below_the_log_likelihoods():
     system = small(m1m2)
     z1 = torch.tensor([[0.7, -0.4]], dtype=torch.float64)
     z2 = torch.randn(400_000, 2, generator=noise(1), dtype=torch.float64)
-    log_p = []  # log p(z1, y) for each class, by samples of the prior
+    log_p = []  # log p(z1, y) for each class, from samples of the prior
     for k in range(3):
         y = torch.eye(3, dtype=torch.float64)[[k]]
         log_p.append(gaussian(system.p_z1(z2, y)).log_prob(z1).logsumexp(0).item() - math.log(len(z2)) - math.log(3))
@@ -135,7 +135,7 @@ def test_m2_sums_over_every_class(monkeypatch):
 
 
 def test_m2_by_hand():
-    """Constant networks: every term is a number that can be written down."""
+    """The networks are constant, so every term can be computed by hand."""
     system = small(m1m2)
     with torch.no_grad():
         for p in system.parameters():
@@ -184,11 +184,11 @@ def test_adgm_bound_lies_below_the_log_likelihood():
     h, n = system.features(x), 300_000
     for k in range(3):
         y = torch.eye(3, dtype=torch.float64)[[k]]
-        # log p(x, y) needs neither a nor q: the auxiliary variable leaves p(x, y, z) as it is.
+        # log p(x, y) needs neither a nor q: the auxiliary variable does not change p(x, y, z).
         z = torch.randn(n, 2, generator=noise(1), dtype=torch.float64)
         likelihood = Independent(Bernoulli(logits=system.p_x(z, y)), 1)
         log_p = likelihood.log_prob(x.flatten()).logsumexp(0).item() - math.log(n) - math.log(3)
-        # The same by importance sampling with every density of the model, from torch.distributions.
+        # The same from importance sampling with every density of the model, by torch.distributions.
         q_a = gaussian(system.q_a(h))
         a = q_a.sample((n,))[:, 0]
         q_z = gaussian(system.q_z(h, a, y))
@@ -228,7 +228,7 @@ def test_a_code_is_z_and_a_one_hot(module):
     assert set(z[:, 2:].unique().tolist()) <= {0.0, 1.0}
     assert torch.equal(system.means, torch.cat([torch.zeros(3, 2), torch.eye(3)], 1))
     moved = transfer_style(z[[0]], system.classify(z[[0]]), torch.tensor([2]), system.means, 0.5)
-    assert torch.equal(moved[0, :2], z[0, :2])  # the style stays
+    assert torch.equal(moved[0, :2], z[0, :2])  # the style z stays
     expected = z[0, 2:] / 2
     expected[2] += 0.5
     torch.testing.assert_close(moved[0, 2:], expected)
@@ -246,7 +246,7 @@ def dense(inputs: int, hidden: list[int], *heads: int) -> int:
     return sum(a * b + b for a, b in itertools.pairwise(sizes)) + sum(hidden[-1] * n + n for n in heads)
 
 
-# Of 4×4 kernels: 16 weights for each pair of filters.
+# The kernels are 4×4: 16 weights for each pair of filters.
 CONVOLUTIONS = 3 * 512 + 32 + 32 * 512 + 32 + 32 * 1024 + 64 + 64 * 1024 + 64
 BACK = 64 * 1024 + 64 + 64 * 512 + 32 + 32 * 512 + 32 + 32 * 48 + 3
 NETWORKS = {
@@ -298,7 +298,7 @@ def test_the_decoder_with_the_papers_four_layers():
 
 
 def made_up(config) -> Dataset:
-    """A data set of the shape that the experiment wants, of two batches."""
+    """A random data set with the shape of the experiment's images, for two batches."""
     g = noise()
     classes = config.components if config.components > 1 else 10 if config.image_shape[1] != 64 else 4
     n = 2 * max(config.batch_unlabelled, config.n_labels)
@@ -310,7 +310,7 @@ def made_up(config) -> Dataset:
 
 
 def save_nothing(figure, path) -> None:
-    """In place of plots.save_figure, which takes a second for each figure."""
+    """Replaces plots.save_figure, which takes a second for each figure."""
     from matplotlib import pyplot
 
     path.parent.mkdir(exist_ok=True)
@@ -351,7 +351,7 @@ def test_every_experiment_trains_two_steps_and_evaluates(experiment, tmp_path, m
 
 @pytest.mark.parametrize("module", [train, m1m2, adgm])
 def test_each_epoch_has_its_own_order_and_each_step_its_own_noise(module, tmp_path, monkeypatch):
-    """What the steps of two epochs were given, for two seeds. The first pixel of an image is its number."""
+    """The batches of two epochs, for two seeds. The first pixel of an image is the index of the image."""
     n, phases = 37, {"epochs": 2, "m1_epochs": 1} if module is m1m2 else {"epochs": 2}
     images = torch.full((n, 1, 28, 28), 255, dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.arange(n)
@@ -379,15 +379,15 @@ def test_each_epoch_has_its_own_order_and_each_step_its_own_noise(module, tmp_pa
 
         train.train(config, run.Options("digits", seed=seed, runs=tmp_path), step)
         drawn, known, m1_alone, noises = zip(*seen, strict=True)
-        orders = [sum(drawn[i : i + 3], []) for i in (0, 3)]  # of 37 images 7 are left over
-        cycles = [sum(known[i : i + 3], []) for i in (0, 3)]  # three times six of the eight labelled images
+        orders = [sum(drawn[i : i + 3], []) for i in (0, 3)]  # 7 of the 37 images are left out
+        cycles = [sum(known[i : i + 3], []) for i in (0, 3)]  # three batches of six from the eight labelled images
         assert len(seen) == 6 and all(len({*order}) == 30 for order in orders) and orders[0] != orders[1]
-        assert {*orders[0]} != {*orders[1]} and {*orders[0], *orders[1]} > {*cycles[0]}  # the labelled ones, too
+        assert {*orders[0]} != {*orders[1]} and {*orders[0], *orders[1]} > {*cycles[0]}  # labelled images, too
         for cycle in cycles:
             assert {*cycle[:8]} == {*cycles[0]} and len({*cycle}) == 8 and cycle[8:] == (cycle[:8] * 2)[:10]
         assert cycles[0] != cycles[1] and len({*map(tuple, noises)}) == 6
         assert m1_alone == (((True,) if module is m1m2 else (False,)) * 3 + (False,) * 3)
-        if module is train:  # Sec. V: the proportions of the known labels, not of all
+        if module is train:  # Sec. V: the proportions of the known labels, not of all labels
             proportions = labels[cycles[0][:8]].bincount(minlength=3) / 8
             assert torch.equal(first[0].pop("mixture.priors"), proportions)
             assert not torch.allclose(proportions, labels.bincount() / n, atol=0.02)
@@ -400,7 +400,7 @@ def test_each_epoch_has_its_own_order_and_each_step_its_own_noise(module, tmp_pa
 
 
 def by_hand(system, batch: Batch):
-    """What `loss` returns, image by image and class by class, from the same stream of noise."""
+    """Compute what `loss` returns image by image and class by class, from the same noise."""
     config, g = system.config, batch.noise
     images = torch.cat([batch.unlabelled, batch.labelled])
     if config.binarise:
@@ -468,7 +468,7 @@ def test_gradients_of_the_baselines_by_finite_differences(module):
 
 
 def test_m2_is_fed_samples_of_m1s_codes():
-    """M1's spread reaches M2: with the means of z1 alone its bound would not change with q(z1|x)'s variance."""
+    """M2 sees samples of q(z1|x). If it saw only the means, the variance of q(z1|x) could not change its bound."""
     system = small(m1m2)
     seen = []
     system.q_y.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
@@ -497,12 +497,12 @@ def test_switches_of_m1m2():
     with torch.no_grad():
         for p in system.q_z1.parameters():
             p.zero_()
-        system.q_z1.heads[1].bias.fill_(-5.0)  # σ² of e^-5, or of 1 + e^-5
+        system.q_z1.heads[1].bias.fill_(-5.0)  # σ² is e^-5, or 1 + e^-5 with at_least_one
         for p in system.p_x.parameters():
             p.zero_()
     for reading, log_variance in (("free", -5.0), ("at_least_one", math.log1p(math.exp(-5)))):
         found = reconfigured(system, posterior_variance=reading).m1_bound(x[:1], noise()).item()
-        kl = math.exp(log_variance) - 1 - log_variance  # of two dimensions, each half of this
+        kl = math.exp(log_variance) - 1 - log_variance  # the sum over two dimensions; each has half of this
         assert found == pytest.approx(-4 * math.log(2) - kl, rel=1e-9)
 
 
@@ -517,7 +517,7 @@ def test_an_interrupted_baseline_ends_with_the_same_bits(experiment, precision, 
     count = itertools.count(1)
 
     def killed_now_and_then(*arguments):
-        if next(count) in (5, 14, 17, 30):  # in M1, at its last step, in M2
+        if next(count) in (5, 14, 17, 30):  # twice in M1, at the first step of M2, in M2
             raise MemoryError
         return step(*arguments)
 
@@ -534,7 +534,7 @@ def test_an_interrupted_baseline_ends_with_the_same_bits(experiment, precision, 
 
 
 def test_a_short_run_of_each_baseline_reaches_what_it_reached(tmp_path):
-    """Seeded: what these gave when this was written, with room for other machines' rounding; a wrong term misses it."""
+    """Values of seeded runs. The tolerances allow for the rounding of other machines; a wrong term exceeds them."""
     adgm_sizes, m1m2_sizes = {"epochs": 12, "hidden_dim": 200}, {"epochs": 60, "m1_epochs": 40, "m1_hidden_dim": 200}
     pinned = [
         (adgm, "digits-adgm", adgm_sizes, 20, {"unlabelled_bound": (-350, 15)}),
@@ -558,7 +558,7 @@ def test_softplus_and_log_bernoulli_are_pytorch_s_own(dtype, tolerance):
     torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
     gradient = torch.autograd.grad(ours.sum(), x)[0].double()
     torch.testing.assert_close(gradient, x.detach().double().sigmoid(), rtol=tolerance, atol=tolerance)
-    if dtype == torch.bfloat16:  # densities are never taken in it
+    if dtype == torch.bfloat16:  # densities are never computed in bf16
         return
     torch.manual_seed(0)
     pixels, logits = torch.rand(3, 1, 5, dtype=dtype), (20 * torch.randn(3, 4, 5, dtype=dtype)).requires_grad_()
