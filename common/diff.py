@@ -206,7 +206,8 @@ def sample(records: list[dict], name: str, metric: str, number: dict | None = No
     """
     those = [r for r in records if r["experiment"] == name and metric in r["metrics"]]
     those = (good := [r for r in those if not r["reason"]]) or those
-    values, precisions = [r["metrics"][metric] for r in those], {r["provenance"]["precision"] for r in those}
+    values = [float(f"{r['metrics'][metric]:.12g}") for r in those]  # sums in another order differ in the last digit
+    precisions = {r["provenance"]["precision"] for r in those}
     if not values:
         return [], ""
     spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
