@@ -179,7 +179,7 @@ def to_bytes(images: Tensor) -> Tensor:
 def closed_form_against_sampling(
     model: SeGMA, z: Tensor, seed: int, repeats: int = 20
 ) -> tuple[list[dict], list[dict]]:
-    """Compare the closed form of eq. (8) with the MMD of the same kernel on n samples of the mixture (Secs. I, VII).
+    """Compare the closed form of eq. (8) with the MMD of the same kernel on n samples of the mixture (Sec. I).
 
     z: (N, D), of which one training batch is used. For each n, over `repeats` draws: the mean and standard deviation of
     d², and the noise of its gradient in codes and means, √E‖g - ḡ‖² / ‖ḡ‖. n = 0 is the closed form, which draws
