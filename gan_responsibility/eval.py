@@ -75,7 +75,7 @@ def say(what: str) -> None:
 
 
 def what_c_learned(model: Responsibility, data: Dataset) -> dict[str, float]:
-    """The claims of Sec. 1: argmax p(k|x) gives the classes, and the mean of p(k|x) gives their weights.
+    """The claims of Sec. 1: p(k|x) gives the classes, by its argmax, and their weights, by its mean.
 
     On the test images: ACC, NMI and `model.shares` of α. On the training images: ACC and NMI (_train) and, if K is the
     number of classes, the weights of the modes against the frequencies of the classes.
@@ -96,7 +96,7 @@ def what_c_learned(model: Responsibility, data: Dataset) -> dict[str, float]:
 def what_gaussians_generate(
     model: MixtureGAN, data: Dataset, options: run.Options, seed: int, device: torch.device
 ) -> tuple[dict[str, float], str]:
-    """The claim of Sec. 3.2, that each Gaussian is allocated one class, measured on samples; and the judge's digest.
+    """The claim of Sec. 3.2, that each class is allocated to a Gaussian, measured on samples; and the judge's digest.
 
     The judge is a classifier trained on the labels of the whole data set; for the toy, it is the nearest class. Scores:
     `purity` of JUDGED samples of each Gaussian; judge_accuracy on the test images; samples_recognised, the share of

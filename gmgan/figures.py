@@ -21,7 +21,7 @@ FIGURE_7 = {  # for each of its two columns, the experiment of each curve
     "supervised": {"AC-GAN": "{}-acgan", "GM-GAN": "{}-supervised", "GM-GAN, dynamic": "{}-supervised-dynamic"},
     "unsupervised": {"GAN": "{}-gan", "GM-GAN": "{}", "GM-GAN, dynamic": "{}-dynamic"},
 }
-NARROW = {"mnist": "mnist-narrow", "fashion": "fashion-narrow"}  # GM-GAN with the width of the baselines (ledger 5)
+NARROW = {"mnist": "mnist-narrow", "fashion": "fashion-narrow"}  # GM-GAN with the width of the baselines (ledger 27)
 
 
 def figures_3_and_4(runs: Path, out: Path) -> None:
