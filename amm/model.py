@@ -236,7 +236,7 @@ class Decoder(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D(x, y, z): Table 6 (28×28) or Table 10 (32×32; there p_0 must take x_9, not x_5, and the last row is missing).
+    """D(x, y, z): Table 6 (28×28) or Table 10 (32×32; there p_0 must take x_9, not x_5).
 
     dropout: as printed in the tables; False: none.
     """
