@@ -373,15 +373,11 @@ def test_an_unofficial_mnist_is_read_where_it_is_asked_for_unless_it_is_damaged(
     assert "expected images of 28×28, and as many labels, 0 … 9" in refused("mnist", tmp_path, unofficial=True)
 
 
-@pytest.mark.parametrize("name", ["svhn_extra", "svhn", "cifar10", "stl10"])
-def test_svhn_cifar10_and_stl10_are_read_pixel_by_pixel(tmp_path, monkeypatch, name):
-    counts = {
-        "svhn_extra": ([25, 31], [13]),
-        "svhn": ([25], [13]),
-        "stl10": ([4], [3]),
-        "cifar10": ([2, 3, 4, 5, 6], [7]),
-    }
-    counts = counts[name]
+COUNTS = {"svhn_extra": ([25, 31], [13]), "svhn": ([25], [13]), "stl10": ([4], [3]), "cifar10": ([2, 3, 4, 5, 6], [7])}
+
+
+@pytest.mark.parametrize(("name", "counts"), COUNTS.items())
+def test_svhn_cifar10_and_stl10_are_read_pixel_by_pixel(tmp_path, monkeypatch, name, counts):
     side = 96 if name == "stl10" else 32  # stl10 without unlabeled_X.bin, which torchvision's own class wants
     folder = write({"svhn": "svhn_extra"}.get(name, name), tmp_path, monkeypatch)
     if name == "svhn":
