@@ -97,6 +97,7 @@ OF_DATA = {  # Secs. 4, 4.1, Tables 4 and 8; ledger 8, 9, 10 and 23
 }  # fmt: skip
 LONG = {"batch": 100, "epochs": 546}  # 550 steps per epoch: 300,300 iterations
 NONOISE = {"y_noise": "none", "penalty": 1.0, "learning_rate": 1e-3, "epochs": 35}  # ledger 25
+NODROPOUT = NONOISE | {"discriminator_dropout": "none", "decay_from": 21, "averaged_weights": 1000}  # ledgers 27 to 30
 DEPARTURES = {
     "mnist": {}, "digits": {}, "svhn-k10": {}, "mnist-nonoise": NONOISE,
     **{f"{data}-k{k}": {"n_components": k} for data in ("mnist", "svhn") for k in (20, 30)},
@@ -104,8 +105,7 @@ DEPARTURES = {
     "samm-digits": {"semi_supervised": True, "n_labels": 100, "epochs": 400},
     "mnist-300k": LONG, "mnist-300k-t8": LONG | {"y_samples": 8}, "mnist-300k-nonoise": LONG | {"y_noise": "none"},
     "mnist-300k-t8-nodropout": LONG | {"y_samples": 8, "discriminator_dropout": "none"},
-    "mnist-nodropout": NONOISE | {"discriminator_dropout": "none", "discriminator_learning_rate": 3e-3,
-                                  "decay_from": 21, "averaged_weights": 1000},
+    "mnist-nodropout": NODROPOUT | {"discriminator_learning_rate": 3e-3}, "mnist-nodropout-one-rate": NODROPOUT,
 }  # fmt: skip
 
 
