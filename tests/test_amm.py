@@ -97,7 +97,7 @@ OF_DATA = {  # Secs. 4, 4.1, Tables 4 and 8; ledger 8, 9, 10 and 23
 }  # fmt: skip
 LONG = {"batch": 100, "epochs": 546}  # 550 steps per epoch: 300,300 iterations
 NONOISE = {"y_noise": "none", "penalty": 1.0, "learning_rate": 1e-3, "epochs": 35}  # ledger 25
-NODROPOUT = NONOISE | {"discriminator_dropout": "none", "decay_from": 21, "averaged_weights": 1000}  # ledgers 27 to 30
+NODROPOUT = NONOISE | {"discriminator_dropout": "none", "decay_from": 21, "averaged_weights": 1000}  # 27, 29, 30
 DEPARTURES = {
     "mnist": {}, "digits": {}, "svhn-k10": {}, "mnist-nonoise": NONOISE,
     **{f"{data}-k{k}": {"n_components": k} for data in ("mnist", "svhn") for k in (20, 30)},
