@@ -1,8 +1,9 @@
 """Published vs reference vs yours: the tables of `make diff`, `make results` and `make pending`.
 
-published.csv has one line per published number. A line without a value is a metric that only we measure. also: other
-experiments that may be what the paper ran. better: lower, higher, or equal (a parameter count). spread_is: sd or se,
-over `trials` runs. best: the paper may have printed its best run, so our best seed is shown beside our mean.
+published.csv has one line per published number. also: other experiments that may be what the paper ran. better: lower,
+higher, or equal (a parameter count). spread_is: sd or se, over `trials` runs. best: the paper may have printed its best
+run, so our best seed is shown beside our mean. A line without an experiment is a metric that only we measure: it has a
+row for each experiment with a record of the metric.
 claims.csv: the paper claims that `metric` of `experiment` is lower than, higher than or equal to something: a number
 (than), or `than_metric` (empty: the same metric) of the experiment `than` (empty: the same runs).
 pending.csv: the reference runs that we want, the most valuable first; hours per seed on two CPU cores, estimated.
@@ -59,7 +60,7 @@ def glossary(paper: str) -> dict[str, list[str]]:
 
 
 def readings(number: dict) -> list[str]:
-    return [number["experiment"], *(number["also"] or "").split()]
+    return " ".join(filter(None, [number["experiment"], number["also"]])).split()
 
 
 def read_records(path: Path) -> list[dict]:
@@ -109,12 +110,11 @@ def not_comparable(record: dict, config) -> str | None:
 def read(paper: str, runs: Path | None = None) -> list[dict]:
     """The committed records, or with `runs` those under that folder. Each gets a `reason` if it does not count.
 
-    A seed counts once, and so does a training, even if its folder was copied. beside: the experiment in published.csv
+    A seed counts once, and so does a training, even if its folder was copied. beside: the experiment in pending.csv
     that a record is compared with. An experiment that is not there is compared with the one whose name its own name
     begins with, or else with the first on the same data.
     """
-    found, seen = [], {}
-    known = dict.fromkeys(name for number in read_csv(paper, "published") for name in readings(number))
+    found, seen, known = [], {}, sorted(line["experiment"] for line in read_csv(paper, "pending"))
     for path in sorted((runs / paper).glob("*/*/eval.json") if runs else (ROOT / paper / "results").glob("*.json")):
         for r in read_records(path):
             name, folder, seed = r["experiment"], path.parent, r["seed"]
@@ -221,14 +221,16 @@ def sample(records: list[dict], name: str, metric: str, number: dict | None = No
 
 
 def table(paper: str, reference: list[dict], mine: list[dict]) -> list[Row]:
-    """One row for each experiment that a line of published.csv names, and one for each of the user's own beside it."""
-    rows = []
-    for number in read_csv(paper, "published"):
+    """One row for each experiment of a line of published.csv, and one for each of the user's own beside it."""
+    rows, numbers = [], read_csv(paper, "published")
+    named = {(number["metric"], name) for number in numbers for name in readings(number)}
+    for number in numbers:
         value, better, unit, metric = (number[key] for key in ("value", "better", "unit", "metric"))
         what = [number["what"], unit, f"{better} is better" if better in ("lower", "higher") else ""]
         spread = "" if number["spread"] is None else f" ± {number['spread']:g}"
         printed = "" if value is None else f"{value:,.12g}{spread} {unit or ''}".strip()
-        for name in readings(number):
+        measured = {r["beside"] for r in reference + mine if metric in r["metrics"]}
+        for name in readings(number) or sorted(name for name in measured if (metric, name) not in named):
             values, ours = sample(reference, name, metric, number)
             if better == "equal":
                 with torch.device("meta"):  # no memory, no initial weights: only the counts are needed
