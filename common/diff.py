@@ -213,10 +213,10 @@ def sample(records: list[dict], name: str, metric: str, number: dict | None = No
     spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
     how = "" if precisions == {"fp32"} else f", {' and '.join(sorted(precisions))}"
     text = f"{fmean(values):.4g}{spread} (n={len(values)}{how})"
-    if number and number["best"] and len(values) > 1:
-        text += f"; the best seed {(min if number['better'] == 'lower' else max)(values):.4g}"
     if number and number["value"] is not None and good:
         text += f", {fmean(values) - number['value']:+.3g}"
+    if number and number["best"] and len(values) > 1:
+        text += f"; the best seed {(min if number['better'] == 'lower' else max)(values):.4g}"
     return values if good else [], text
 
 

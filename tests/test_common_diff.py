@@ -363,7 +363,7 @@ def test_the_best_seed_stands_beside_the_mean_where_the_published_number_may_be_
     diff.collect(house / "mine")
     (row,) = (r for r in diff.table("segma", diff.read("segma"), []) if r.experiment == "mnist" and r.reference)
     assert row[:2] == ("Table II, MNIST", "SeGMA")  # its line names mnist; the line without an experiment adds no row
-    assert row.reference == "18 ± 2 (n=3, bf16 and fp32); the best seed 16, +5.3" and row.verdict == "indicative"
+    assert row.reference == "18 ± 2 (n=3, bf16 and fp32), +5.3; the best seed 16" and row.verdict == "indicative"
 
 
 def test_claims_compare_with_experiments_numbers_and_other_metrics(house):
