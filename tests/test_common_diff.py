@@ -398,7 +398,14 @@ def test_the_readmes_links_lead_to_what_they_name(paper):
         assert re.match(rf" *(def|class) {name}\b", found), f"{name} is not at {file}:{line}"
 
 
-def test_the_pages_pictures_exist():
-    for page in (ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("*/RESULTS.md")):
-        for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page}: {target}"
+def test_the_pages_links_and_pictures_lead_somewhere():
+    def anchor(heading: str) -> str:  # as GitHub makes it
+        return re.sub(r"[^\w -]", "", heading.lstrip("# ").lower()).replace(" ", "-")
+
+    for page in (ROOT / "README.md", *ROOT.glob("*/*.md")):
+        for place, target in re.findall(r"\]\(([\w/-]+\.\w+|LICENSE)?(?:#([^)]+))?\)", page.read_text()):
+            found = page.parent / place if place else page
+            assert found.exists(), f"{page}: {place}"
+            if target and found.suffix == ".md":
+                headings = [line for line in found.read_text().splitlines() if line.startswith("#")]
+                assert target in map(anchor, headings), f"{page}: {place}#{target}"
