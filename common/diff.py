@@ -238,7 +238,7 @@ def table(paper: str, reference: list[dict], mine: list[dict]) -> list[Row]:
                 values, built = [getattr(model, metric)], sum(p.numel() for p in model.parameters())
                 ours = f"{values[0]:,} (as built)" if values[0] == built else f"{values[0]:,} (built: {built:,})"
             why = "; ".join({r["reason"] for r in reference if r["experiment"] == name} - {None})
-            word = f"not comparable: {why}" if why else f"not run: needs {number['needs'] or 'a run'}"
+            word = f"not comparable: {why}" if why else f"not run: needs {number['needs']}" if printed else ""
             if values:
                 word = verdict(values, number) if printed else ""
             for experiment in dict.fromkeys([name, *(r["experiment"] for r in mine if r["beside"] == name)]):
