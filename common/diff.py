@@ -224,6 +224,7 @@ def table(paper: str, reference: list[dict], mine: list[dict]) -> list[Row]:
     """One row for each experiment of a line of published.csv, and one for each of the user's own beside it."""
     rows, numbers = [], read_csv(paper, "published")
     named = {(number["metric"], name) for number in numbers for name in readings(number)}
+    hours = {line["experiment"]: f" ({line['hours']:g} h a seed)" for line in read_csv(paper, "pending")}
     for number in numbers:
         value, better, unit, metric = (number[key] for key in ("value", "better", "unit", "metric"))
         what = [number["what"], unit, f"{better} is better" if better in ("lower", "higher") else ""]
@@ -238,9 +239,8 @@ def table(paper: str, reference: list[dict], mine: list[dict]) -> list[Row]:
                 values, built = [getattr(model, metric)], sum(p.numel() for p in model.parameters())
                 ours = f"{values[0]:,} (as built)" if values[0] == built else f"{values[0]:,} (built: {built:,})"
             why = "; ".join({r["reason"] for r in reference if r["experiment"] == name} - {None})
-            word = f"not comparable: {why}" if why else f"not run: needs {number['needs']}" if printed else ""
-            if values:
-                word = verdict(values, number) if printed else ""
+            missing = f"not comparable: {why}" if why else f"not run: needs {number['needs']}{hours.get(name, '')}"
+            word = (verdict(values, number) if values else missing) if printed else ""
             for experiment in dict.fromkeys([name, *(r["experiment"] for r in mine if r["beside"] == name)]):
                 here, text = sample(mine, experiment, metric, number)
                 if here and printed:
@@ -409,7 +409,8 @@ def pages() -> dict[Path, str]:
         done = [row for row in numbers if not row.verdict.startswith("not ")]
         everything += numbers
         short = [[r.where, f"{r.system} ({r.experiment})", r.published, r.reference, r.verdict] for r in done]
-        left = {r[:2]: r.verdict for r in numbers if r[:2] not in {row[:2] for row in done}}  # no reading has a run
+        missing = [r for r in numbers if r[:2] not in {row[:2] for row in done}]  # no reading has a run
+        left = {r[:2]: r.verdict.partition(" (")[0] for r in missing}  # without the hours
         waiting = "; ".join(f"{n} {why}" for why, n in Counter(left.values()).items()) or "none"
         blocks[folder] = f"{as_markdown([heads, *short[:10]])}\n\n" * bool(short) + (
             f"Published numbers without a comparable run of ours: {waiting}.\n\n"
