@@ -27,7 +27,7 @@ import torch
 from scipy.stats import t as student
 
 from common import run
-from common.data import OFFICIAL_COUNTS, OFFICIAL_DIGESTS
+from common.data import OFFICIAL_COUNTS
 from common.run import ROOT, UserError
 
 BEGIN, END = "<!-- results: begin (written by `make results`) -->", "<!-- results: end -->"
@@ -91,7 +91,7 @@ def not_comparable(record: dict, config) -> str | None:
     differing = [key for key in ours if key not in {"epochs", *filled} and theirs.get(key, ours[key]) != ours[key]]
     unknown = record["config_hash"] != run.config_hash(config) and (not filled or theirs.keys() - ours.keys())
     fields = ", ".join(f"{key} {theirs[key]}" for key in differing) or "a field unknown here"
-    data, digest, images = made["data"], made["data_digest"], (made["train_images"], made["test_images"])
+    data, images = made["data"], (made["train_images"], made["test_images"])
     counts = zip(images, OFFICIAL_COUNTS.get(data, images), ("", " of the test set"), strict=True)
     few = [f"{n:,} of {m:,} images{where}" for n, m, where in counts if n != m]
     steps = made["steps_beyond"]
@@ -102,7 +102,6 @@ def not_comparable(record: dict, config) -> str | None:
         (steps or made["epochs"] != config.epochs, epochs),
         (few, "".join(few[:1])),
         (not made["data_official"], f"unofficial data ({images[0]:,} + {images[1]:,} images)"),
-        (OFFICIAL_DIGESTS.get(data, digest) != digest, f"other data (digest {digest})"),
     ]
     return next((reason for holds, reason in reasons if holds), None)
 

@@ -51,14 +51,8 @@ def clustering_accuracy(table: Tensor) -> float:
     return (table[rows, columns].sum() / table.sum()).item()
 
 
-def normalised_mutual_information(table: Tensor) -> float:
-    """I(cluster, class) / √(H(cluster) H(class)); 0 if either is constant. table: (K, N) counts."""
-    joint = table / table.sum()
-    clusters, classes = joint.sum(1), joint.sum(0)
+def normalised_mutual_information(clusters: Tensor, labels: Tensor) -> float:
+    """I(cluster, class) / √(H(cluster) H(class)); 0 if one of them is constant. clusters, labels: (n,)."""
+    from sklearn.metrics import normalized_mutual_info_score
 
-    def entropy(p: Tensor) -> float:
-        return -torch.special.xlogy(p, p).sum().item()
-
-    information = entropy(clusters) + entropy(classes) - entropy(joint)
-    scale = (entropy(clusters) * entropy(classes)) ** 0.5
-    return max(information, 0.0) / scale if scale else 0.0
+    return normalized_mutual_info_score(labels.numpy(), clusters.numpy(), average_method="geometric")

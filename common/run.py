@@ -24,7 +24,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NoReturn, get_args, get_origin
@@ -135,10 +135,8 @@ def check_value(name: str, value: object, annotation: Any) -> object:
     if kind is Path:
         return as_path(value)
     try:
-        found = {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
-        if not isinstance(value, str) and (found != value or isinstance(value, bool) != (kind is bool)):
-            raise ValueError
-    except (KeyError, ValueError, TypeError, OverflowError):
+        found = {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(str(value))
+    except (KeyError, ValueError):
         expected = "true or false" if kind is bool else kind.__name__
         raise UserError(f"{name}: expected {expected}, found {value!r}") from None
     if ranges and found not in ranges[0]:
@@ -171,10 +169,10 @@ def make_config(cls: type, values: dict, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict:
-    """Read a flat YAML mapping. Raises UserError if the file is unreadable, no mapping, or ambiguous."""
+    """{key: its value as text} of a flat YAML file. Raises UserError if it is no mapping or has a key twice."""
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
+        values = yaml.load(text, yaml.BaseLoader)  # YAML itself would read 010 as 8, and 3e-4 as text
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({str(error)[:150]})") from None
     if not isinstance(values, dict):
@@ -182,8 +180,6 @@ def read_yaml(path: Path) -> dict:
     keys = re.findall(r"^([^\s#:]+):", text, re.M)
     if twice := [key for key in keys if keys.count(key) > 1]:  # YAML would take the last one
         raise UserError(f"{path}: {twice[0]} stands there {len(twice)} times; keep one")
-    if octal := re.search(r"^(\w+): +[-+]?0\d+ *(#.*)?$", text, re.M):  # YAML would read 010 as 8
-        raise UserError(f"{path}: {octal[1]}: a number must not begin with 0")
     return values
 
 
@@ -224,30 +220,26 @@ def config_hash(config: Any) -> str:
     return hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def option(default: object, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Options:
     """Where and how a run is made. Not part of its config; most of it is recorded as provenance."""
 
     experiment: str
-    seed: Annotated[int, Range(0, below=2**63)] = option(0, "fixes everything that is random")
-    data: Path = option(Path("data"), "folder that holds MNIST/, FashionMNIST/ …")
-    runs: Path = option(Path("runs"), "folder under which runs are kept")
-    device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    threads: Annotated[int, Range(0)] = option(0, "CPU threads; 0: all cores")
-    unofficial_data: bool = option(False, "read data whose digest is not the official one")
-    inception: Path | None = option(None, "the Inception weights, where scores need them; else torch's hub folder")
-    precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast, on CPU and GPU")
-    save_every: NonNegative = option(60.0, "seconds between checkpoints")
-    deterministic: bool = option(False, "bit-identical repeats on a GPU too, slower")
-    graph: bool = option(False, "on a GPU, record a training step once and replay it")
-    tensorboard: bool = option(False, "write the numbers of log.csv for TensorBoard too, into the run's tensorboard/")
-    describe: bool = option(False, "print what would be trained, and stop")
-    json: bool = option(False, "with --describe: for programs")
-    pdf: bool = option(False, "in an evaluation: figures as vector files, too")
+    seed: Annotated[int, Range(0, below=2**63)] = 0  # fixes everything that is random
+    data: Path = Path("data")  # folder that holds MNIST/, FashionMNIST/ …
+    runs: Path = Path("runs")  # folder under which runs are kept
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    threads: Annotated[int, Range(0)] = 0  # CPU threads; 0: all cores
+    unofficial_data: bool = False  # read data whose digest is not the official one
+    inception: Path | None = None  # the Inception weights, where scores need them; else torch's hub folder
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, on CPU and GPU
+    save_every: NonNegative = 60.0  # seconds between checkpoints
+    deterministic: bool = False  # bit-identical repeats on a GPU too, slower
+    graph: bool = False  # on a GPU, record a training step once and replay it
+    tensorboard: bool = False  # write the numbers of log.csv for TensorBoard too, into the run's tensorboard/
+    describe: bool = False  # print what would be trained, and stop
+    json: bool = False  # with --describe: for programs
+    pdf: bool = False  # in an evaluation: figures as vector files, too
     changes: dict = field(default_factory=dict)  # config fields, epochs excepted, that flags set to another value
     moved: dict = field(default_factory=dict)  # {"dataset": folder:<path>} if a flag gave the image folder
 
@@ -296,15 +288,15 @@ def parse(program: str, cls: type | None, argv: list[str] | None = None) -> tupl
     parser = Parser(prog=f"python -m {program}", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("experiment", help=f"one of: {', '.join(names)}")
     group = parser.add_argument_group("fields of the config; default: the experiment's")
-    own = [f for f in fields(Options) if f.metadata and (trains or f.name not in ("describe", "json"))]
-    said = comments(cls) if cls else {}
+    own = [f for f in fields(Options) if f.default is not MISSING and (trains or f.name not in ("describe", "json"))]
+    said = comments(Options) | (comments(cls) if cls else {})
     for f in [*own, *(fields(cls) if cls else ())]:
-        flag, text = flag_of(f.name), f.metadata.get("help")
-        if text and f.type is bool:
-            parser.add_argument(flag, help=text, action="store_true")
+        where, flag, text = parser if f in own else group, flag_of(f.name), said.get(f.name)
+        if f in own and f.type is bool:
+            where.add_argument(flag, help=text, action="store_true")
         else:
-            where, check = parser if text else group, partial(check_value, flag, annotation=f.type)
-            where.add_argument(flag, help=text or said.get(f.name), metavar="VALUE", type=check)
+            check = partial(check_value, flag, annotation=f.type)
+            where.add_argument(flag, help=text, metavar="VALUE", type=check)
     values = vars(parser.parse_all(argv))
     asked = values["experiment"]
     if trains and f"{asked}-{module}" in names:  # python -m segma.m1m2 mnist
@@ -328,7 +320,7 @@ def differs(name: str, value: object, other: object) -> bool:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """{field: the comment beside it in the Config's source}. It is the help text of the field's flag."""
+    """{field: the comment beside it in the source of `cls`}. It is the help text of the field's flag."""
     lines = [line for part in cls.__mro__[:-1] for line in inspect.getsource(part).splitlines()]
     found = (re.match(r" {4}(\w+): .*?  # (.*)", line) for line in lines)
     return {match[1]: match[2].replace("%", "%%") for match in found if match}

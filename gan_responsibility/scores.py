@@ -20,9 +20,11 @@ JUDGE = f"Inception 2015-12-05, {inception.SHA256_PREFIX}"
 
 def clustering(alpha: Tensor, labels: Tensor, n_classes: int) -> dict[str, float]:
     """NMI and (if K = n_classes) ACC of argmax p(k|x). alpha: p(k|x), (N, K).  labels: (N,)."""
-    table = contingency(alpha.argmax(1), labels, alpha.shape[1], n_classes)
-    found = {"nmi": normalised_mutual_information(table)}
-    return found | {"accuracy": clustering_accuracy(table)} if alpha.shape[1] == n_classes else found
+    clusters = alpha.argmax(1)
+    found = {"nmi": normalised_mutual_information(clusters, labels)}
+    if alpha.shape[1] == n_classes:
+        found["accuracy"] = clustering_accuracy(contingency(clusters, labels, n_classes, n_classes))
+    return found
 
 
 def mode_weights_against_classes(alpha: Tensor, labels: Tensor) -> dict[str, float]:

@@ -117,7 +117,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> float:
 def clustering(clusters: Tensor, labels: Tensor, n_classes: int) -> dict[str, float]:
     """ACC, eq. (12), and NMI, eq. (13), of clusters (n,) and labels (n,), each 0 … n_classes - 1."""
     table = contingency(clusters, labels, n_classes, n_classes)
-    return {"accuracy": clustering_accuracy(table), "nmi": normalised_mutual_information(table)}
+    return {"accuracy": clustering_accuracy(table), "nmi": normalised_mutual_information(clusters, labels)}
 
 
 def groups_and_classes(model: Gan, classes: Tensor, groups: Tensor, n_classes: int) -> dict[str, float]:
@@ -134,6 +134,6 @@ def groups_and_classes(model: Gan, classes: Tensor, groups: Tensor, n_classes: i
     counts = contingency(groups, classes, model.config.groups, n_classes)
     return {
         "component_purity": 100 * (counts.amax(1).sum() / counts.sum()).item(),
-        "component_nmi": normalised_mutual_information(counts),
+        "component_nmi": normalised_mutual_information(groups, classes),
         "main_classes": float(len(counts.argmax(1).unique())),
     }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common import inception, plots, run
-from common.data import Dataset, choose_labels, load
+from common.data import Dataset, draw_labels, load
 from common.metrics import error_rate, frechet_distance, moments, nearest_neighbour
 from segma.model import (
     GenerativeModel,
@@ -77,7 +77,7 @@ def table_ii(model: GenerativeModel, data: Dataset, z: Tensor, seed: int) -> dic
     z: (n, D), the codes of the test images.
     """
     config = model.config
-    known = choose_labels(data.train_labels, config.n_labels, config.labels, data.class_names, seed)
+    known, _ = draw_labels(data.train_labels, config.n_labels, config.labels, data.class_names, seed)
     images, labels = as_input(data.train_images[known]), data.train_labels[known]
     return {
         "test_error": error_rate(model.classify(z).cpu(), data.test_labels),

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from common import diff, run
-from common.data import OFFICIAL_COUNTS, OFFICIAL_DIGESTS
+from common.data import OFFICIAL_COUNTS
 from tests.conftest import ROOT, call
 
 # Tables I (FID), II (test error) and III (FID of interpolations), from the paper: MNIST, SVHN, CelebA.
@@ -118,7 +118,7 @@ def record(experiment: str = "digits", seed: int = 0, metrics: dict | None = Non
     """As if from a complete run of SeGMA made from a clean tree."""
     config, clean = run.experiment_config("segma", experiment), {"git_commit": "a" * 40, "git_dirty": False}
     images = OFFICIAL_COUNTS[config.dataset]
-    made = dict(data=config.dataset, data_digest=OFFICIAL_DIGESTS.get(config.dataset), data_official=True)
+    made = dict(data=config.dataset, data_digest="0123456789abcdef", data_official=True)
     made |= dict(train_images=images[0], test_images=images[1], epochs=config.epochs, steps_beyond=0, precision="fp32")
     made |= dict(torch="2.15", device="a CPU", threads=1, training_seconds=60.0, git_commits=["a" * 40], **clean)
     whole = dict(experiment=experiment, seed=seed, metrics=metrics or {"test_error": 10.0 + seed})
@@ -139,8 +139,6 @@ def test_records_that_are_not_the_experiments_do_not_count():
     assert why(data_official=False, test_images=4) == "4 of 360 images of the test set"
     assert why(data_official=False) == "unofficial data (1,437 + 360 images)"
     assert why(data="celeba") == "other data (celeba, where the config has digits)"
-    assert why(data_digest="0" * 16) == f"other data (digest {'0' * 16})"
-    assert diff.not_comparable(record("celeba", data_digest="f" * 16), run.experiment_config("segma", "celeba")) is None
     assert diff.not_comparable(record(), None) == "an experiment without a config"
     assert run.config_hash(config) == run.config_hash(run.experiment_config("segma", "digits", {"epochs": 3}))
     other = run.experiment_config("segma", "digits", {"learning_rate": 0.1})

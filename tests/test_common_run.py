@@ -39,7 +39,7 @@ WRONG = [
     ({"size": True}, "size: expected int, found True"),
     ({"rate": 0.0}, "rate: 0.0 is out of range; allowed: > 0"),
     ({"rate": "fast"}, "rate: expected float, found 'fast'"),
-    ({"rate": float("nan")}, "rate: expected float, found nan"),
+    ({"rate": float("nan")}, "rate: nan is out of range"),
     ({"rate": float("inf")}, "rate: inf is out of range; allowed: > 0"),
     ({"weight": -1.0}, "weight: -1.0 is out of range"),
     ({"kind": 3}, "kind: 3 is not one of a, b"),
@@ -68,7 +68,6 @@ def test_right_values_are_taken():
 NOT_CONFIGS = [
     *("- 1\n- 2\n", "a: [1\n", "", "!!python/object/apply:os.system ['touch never']", "\x00", "a: &x [*x]", "a:\n\tb"),
     "size: 3\nrate: 0.1\nsize: 4\n",  # YAML takes the last
-    "size: 010\n",  # YAML reads 8
 ]
 
 

@@ -15,7 +15,7 @@ from scipy.stats import multivariate_normal
 
 import segma
 from common import inception, plots, run
-from common.data import Dataset, choose_labels, load
+from common.data import Dataset, draw_labels, load
 from common.metrics import frechet_distance, moments
 from segma import model
 from segma.eval import (
@@ -425,7 +425,7 @@ def test_every_value_of_every_config_is_the_papers(experiment):
     table = {"m1m2": M1M2, "adgm": ADGM}.get(last, SEGMA)
     expected = {name: value[column] if isinstance(value, tuple) else value for name, value in table.items()}
     expected |= {"cwae": CWAE, "unsupervised": {"label_weight": 0.0}}.get(last, {}) | OTHERS.get(experiment, {})
-    found = run.read_yaml(ROOT / f"segma/configs/{experiment}.yaml")
+    found = vars(run.experiment_config("segma", experiment))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), name
@@ -437,7 +437,7 @@ def test_every_value_of_every_config_is_the_papers(experiment):
 def test_first_hundred_labels_of_mnist(data_root):
     data = load("mnist", data_root)
     for seed in (0, 7):
-        chosen = choose_labels(data.train_labels, 100, "first", "0123456789", seed)
+        chosen, _ = draw_labels(data.train_labels, 100, "first", "0123456789", seed)
         assert chosen.tolist() == list(range(100))
         assert data.train_labels[chosen].bincount().tolist() == [13, 14, 6, 11, 11, 5, 11, 10, 8, 11]
 
@@ -445,7 +445,7 @@ def test_first_hundred_labels_of_mnist(data_root):
 def test_priors_are_the_proportions_of_the_known_labels(trained):
     system = segma.load(trained / "segma/digits/seed3")
     labels = load("digits", "").train_labels
-    known = choose_labels(labels, 100, "random", "0123456789", 3)
+    known, _ = draw_labels(labels, 100, "random", "0123456789", 3)
     torch.testing.assert_close(system.priors, labels[known].bincount(minlength=10) / 100)
     assert not system.training and not any(p.requires_grad for p in system.parameters())
 
@@ -510,7 +510,7 @@ def test_eval_repeats_itself_and_reports_what_the_run_gives(trained, monkeypatch
     assert found["reconstruction_error"] == pytest.approx(squares, rel=1e-4)
     distance = model.cramer_wold_distance(z.double(), system.means.double(), system.priors.double(), (4 / 30) ** 0.4)
     assert found["distance"] == pytest.approx(distance.item(), rel=1e-6)
-    known = choose_labels(data.train_labels, 100, "random", "0123456789", 3)
+    known, _ = draw_labels(data.train_labels, 100, "random", "0123456789", 3)
     nearest = torch.cdist(images.flatten(1), data.train_images[known].flatten(1) / 255).argmin(1)
     wrong = (data.train_labels[known][nearest] != data.test_labels).double().mean().item()
     assert found["nearest_neighbour_error"] == pytest.approx(100 * wrong)
