@@ -29,16 +29,11 @@ def data_root() -> Path:
     return root
 
 
-def command(*arguments: str, **kwargs) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, **pipes, **kwargs)
-
-
 def run_command(*arguments: str, **kwargs) -> tuple[int, str, str]:
     """A real command line to its end: exit code, standard output, standard error."""
-    process = command(*arguments, **kwargs)
-    out, err = process.communicate()
-    return process.returncode, out, err
+    command = [sys.executable, "-m", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **kwargs)
+    return done.returncode, done.stdout, done.stderr
 
 
 def call(main, *arguments: str, capsys) -> tuple[int, str, str]:

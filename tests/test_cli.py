@@ -5,14 +5,11 @@ import importlib
 import itertools
 import json
 import os
-import random
-import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from urllib.error import URLError
 
@@ -25,7 +22,7 @@ from common import diff, run
 from segma import eval as segma_eval
 from segma import m1m2
 from segma import train as segma_train
-from tests.conftest import ROOT, TINY, TINY_FOLDER, call, command, run_command
+from tests.conftest import ROOT, TINY, TINY_FOLDER, call, run_command
 from tests.torture import assert_same
 
 RUN = ["segma.train", "digits", *TINY]
@@ -35,36 +32,12 @@ def checkpoint(runs) -> dict:
     return torch.load(runs / TINY_FOLDER / "checkpoint.pt", weights_only=True)
 
 
-def log_without_clock(runs) -> list[str]:
-    lines = (runs / TINY_FOLDER / "log.csv").read_text().splitlines()
-    return [line.rsplit(",", 1)[0] for line in lines]
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     runs = tmp_path_factory.mktemp("uninterrupted")
     code, _, err = run_command(*RUN, "--epochs", "60", "--runs", runs)
     assert code == 0, err
     return runs
-
-
-def test_killed_at_random_moments_a_run_ends_with_the_same_bits(uninterrupted, tmp_path):
-    """SIGKILL with a checkpoint after every step, so that most kills fall inside a write; then run to the end."""
-    moments = random.Random(0)
-    arguments = [*RUN, "--epochs", "60", "--runs", tmp_path]
-    for _ in range(4):
-        process = command(*arguments, "--save-every", "0")
-        log = tmp_path / TINY_FOLDER / "log.csv"
-        while not log.exists() and process.poll() is None:  # at least one epoch, so that there is something to resume
-            time.sleep(0.02)
-        time.sleep(moments.uniform(0, 0.8))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        log.unlink(missing_ok=True)
-    code, out, err = run_command(*arguments)
-    assert code == 0 and ("from epoch" in out or "complete" in out), err
-    assert_same(checkpoint(tmp_path), checkpoint(uninterrupted))
-    assert log_without_clock(tmp_path) == log_without_clock(uninterrupted)
 
 
 @pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
@@ -108,40 +81,10 @@ def test_killed_between_the_last_step_and_the_end(tmp_path, monkeypatch):
         assert (found["epoch"], found["step"], found["total_steps"], len(found["rows"])) == (2, 0, 28, 2)
 
 
-def test_a_full_disk_while_saving_keeps_the_last_checkpoint(uninterrupted, tmp_path, capsys):
-    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
-    before = (tmp_path / TINY_FOLDER / "checkpoint.pt").read_bytes()
-
-    def no_room():  # no file may grow beyond 20 kB: the log still fits, the checkpoint does not
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    code, _, err = run_command(*RUN, "--epochs", "61", "--runs", tmp_path, "--save-every", "0", preexec_fn=no_room)
-    assert code == 1 and err.startswith("failed: ") and "checkpoint.pt: File too large" in err and "intact" in err
-    assert err.count("\n") == 1
-    assert (tmp_path / TINY_FOLDER / "checkpoint.pt").read_bytes() == before
-    assert not list((tmp_path / TINY_FOLDER).glob(".*part"))
-    code, _, err = call(segma_train.main, *RUN[1:], "--epochs", "61", "--runs", tmp_path, capsys=capsys)
-    assert code == 0, err
-
-
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path, capsys):
     large = ["--learning-rate", "1e30", "--grad-clip-norm", "none"]
     code, _, err = call(segma_train.main, *RUN[1:], "--runs", tmp_path, "--epochs", "2", *large, capsys=capsys)
     assert code == 1 and "not finite, first at step 2; nothing was saved" in err
-
-
-def test_two_processes_on_one_run(tmp_path, capsys):
-    process = command(*RUN, "--epochs", "100000", "--runs", tmp_path)
-    log = tmp_path / TINY_FOLDER / "log.csv"
-    while not log.exists() and process.poll() is None:
-        time.sleep(0.02)
-    try:
-        code, _, err = call(segma_train.main, *RUN[1:], "--epochs", "100000", "--runs", tmp_path, capsys=capsys)
-    finally:
-        process.kill()
-        process.communicate()
-    assert code == 2 and "another process trains this run" in err
 
 
 MISTAKES = [

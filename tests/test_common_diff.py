@@ -6,8 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 from scipy import stats
@@ -234,17 +232,24 @@ def test_collect_takes_whole_clean_runs_and_says_what_it_leaves_out(house, capsy
     assert code == 1 and "segma/RESULTS.md; run make results" in err
 
 
-def test_two_that_collect_at_once_lose_nothing(house, monkeypatch):
-    write = run.write_json
-    monkeypatch.setattr(run, "write_json", lambda *arguments: (time.sleep(0.3), write(*arguments)))
-    threads = []
-    for seed in (0, 1):
-        put(house / f"runs{seed}", record(seed=seed))
-        threads.append(threading.Thread(target=diff.collect, args=(house / f"runs{seed}",)))
-        threads[-1].start()
-    for thread in threads:
-        thread.join()
-    assert seeds(house) == [0, 1]
+def test_courses_are_collected_and_stand_beside_a_run_that_is_under_way(house, capsys):
+    def log(runs, seed: int, *errors: str) -> None:
+        folder = runs / f"segma/digits/seed{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = "".join(f"{epoch},7,{error}\n" for epoch, error in enumerate(errors, 1))
+        (folder / "log.csv").write_text(f"epoch,seconds,test_error\n{rows}")
+
+    for seed, errors in ((10, ("50", "40.25", "30")), (2, ("60", "", "20"))):  # the second was not tested in epoch 2
+        put(house / "theirs", record(seed=seed))
+        log(house / "theirs", seed, *errors)
+        diff.collect(house / "theirs")  # the second time beside what is there
+    courses = (house / "segma/results/digits.csv").read_text()
+    assert courses == "epoch,seed2,seed10\n1,60,50\n2,,40.25\n3,20,30\n"
+    log(house / "mine", 0, "55", "45")
+    said = tell(capsys, house / "mine", "show")
+    assert "digits seed0, epoch 2: test_error 45; reference: 40.25\n" in said
+    put(house / "mine", record(seed=0))  # evaluated, so its row says it
+    assert "epoch 2" not in tell(capsys, house / "mine", "show")
 
 
 def test_two_commands_that_collect_at_once_lose_nothing(checkout):

@@ -7,18 +7,17 @@ import math
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 import gan_responsibility
 from common import classifier, plots, run
-from common.data import Dataset, load
+from common.data import Dataset
 from gan_responsibility import eval as evaluation
 from gan_responsibility import gan, model, scores, toy, train
 from gan_responsibility.model import Mixture, Responsibility, discriminator_loss, generator_loss, information_loss
 from tests.bench import FlopCounter
-from tests.conftest import call, run_command
+from tests.conftest import call
 
 TABLE_6 = {  # parameters, Inception Score, FID
     "flowers10-standalone": (13_005_411, (2.9664, 0.2188), (231.0577, 7.5371)),
@@ -910,15 +909,6 @@ def test_table_6_and_figure_4_with_weights(tiny, tmp_path, monkeypatch):
     assert metrics["fid_halves"] > 0
 
 
-def test_a_folder_of_one_class_makes_no_mixture(tmp_path, capsys):
-    (tmp_path / "own" / "one").mkdir(parents=True)
-    for i in range(6):
-        Image.new("L", (28, 28), 40 * i).save(tmp_path / "own" / "one" / f"{i}.png")
-    own = ["digits", "--dataset", f"folder:{tmp_path / 'own'}", "--n-components", "null", "--batch", "2"]
-    code, _, err = call(train.main, *own, "--runs", tmp_path / "runs", capsys=capsys)
-    assert code == 2 and "has one class" in err and err.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -945,23 +935,6 @@ def test_a_run_that_was_cut_in_two_ends_with_the_same_bits(tiny, tmp_path):
     first, second = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, parts))
     for name, value in first["weights"].items():
         assert torch.equal(value, second["weights"][name]), name
-
-
-def test_the_command_line(tmp_path):
-    """The real commands, once each, on forty images of two digits. K is the number of classes in the folder."""
-    data = load("digits", tmp_path)
-    for label in (0, 1):
-        (tmp_path / f"own/{label}").mkdir(parents=True)
-        for i, image in enumerate(data.train_images[data.train_labels == label][:20]):
-            Image.fromarray(image[0].numpy()).save(tmp_path / f"own/{label}/{i}.png")
-    where = ["digits", "--runs", tmp_path, "--threads", "1"]
-    short = ["--epochs", "2", "--batch", "8", "--dataset", f"folder:{tmp_path / 'own'}", "--n-components", "null"]
-    code, out, err = run_command("gan_responsibility.train", *where, *short)
-    assert code == 0 and "trained 2 epochs" in out, err
-    code, out, err = run_command("gan_responsibility.eval", *where, *short)
-    assert code == 0 and "alpha_entropy" in out and "parameter_count_as_counted" in out, err
-    code, out, err = run_command("gan_responsibility.gan", "flowers10-gm-gan", *where[1:], *short)
-    assert code == 0 and "trained 2 epochs" in out, err
 
 
 # -------------------------------------------------------------------------------------------------------- published.csv

@@ -162,7 +162,7 @@ def kills(place: Path, rng: random.Random, quick: bool) -> Iterator[Kind]:
         kind.ended(child, 0, what="the whole run")
         lasts, folder = time.monotonic() - begun, next(whole.glob("*/*/seed0*")).relative_to(whole)
         rows = rows_of(whole / folder)
-        signals = [signal.SIGTERM, signal.SIGINT] + [signal.SIGKILL] * (1 if quick else 20 if name == "SeGMA" else 8)
+        signals = [signal.SIGTERM, signal.SIGINT] + [signal.SIGKILL] * (4 if quick else 20 if name == "SeGMA" else 8)
         for number in rng.sample(signals, len(signals)):
             if state_in(runs / folder)["epoch"] == len(rows):
                 shutil.rmtree(runs)  # complete: begin again
