@@ -289,7 +289,8 @@ class Responsibility(MixtureGAN):
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         """The parameters that each optimiser moves (ledger 2). A shared encoder belongs to D (ledger 22)."""
-        return super().players() | {"classifier": [*self.classifier.parameters()]}
+        by_g = {"generator": [*self.generator.parameters()]} if self.config.mixture == "static" else {}  # ledger 27
+        return super().players() | by_g | {"classifier": [*self.classifier.parameters()]}
 
     def forward_d_and_c(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """D's logits (B,) and C's logits of p(k|x) (B, K) of images (B, C, H, W) in [-1, 1]."""

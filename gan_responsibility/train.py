@@ -73,6 +73,7 @@ class Config(Task):
     """The fields of the proposed system."""
 
     classifier: Literal["shared", "standalone"] = "shared"  # C: a layer on D's features, or a network of its own
+    mixture: Literal["dynamic", "static"] = "dynamic"  # whether μ and A are trained, with G; static: they stay as drawn
     saturating: bool = False  # G minimises log(1 - D); otherwise -log D
     target: Literal["alpha", "component"] = "alpha"  # in eq. (4): the real image's α for every k, or k itself
     information_moves: Literal["classifier", "all"] = "classifier"  # Algorithm 1, line 13; all: G, μ, A too, Sec. 2.4

@@ -34,7 +34,7 @@ TASK = {  # Sec. 3.2, Tables 4, 5 and 6; where the paper is silent, ledger 6 to 
 SYSTEM = TASK | {  # Sec. 2, Algorithm 1; ledger 3, 22 and 26
     "classifier": "shared", "target": "component", "information_moves": "classifier",
     "adversarial_moves_classifier": True, "alpha_in_information": "fixed", "class_entropy": "left_out",
-    "classifier_learning_rate": 2e-5, "classifier_moves_encoder": False,
+    "classifier_learning_rate": 2e-5, "classifier_moves_encoder": False, "mixture": "dynamic",
 }  # fmt: skip
 OF_DATA = {
     "mnist": {}, "fashion": {"dataset": "fashion_mnist"}, "cifar10": {}, "digits": {"batch": 8, "epochs": 20},
@@ -43,6 +43,7 @@ OF_DATA = {
 }  # fmt: skip
 OF_READING = {
     "": {}, "standalone": {"classifier": "standalone"}, "unbalanced": {"thinned": True},
+    "static": {"mixture": "static"},
     "printed": {"target": "alpha", "classifier_learning_rate": None},
     "entropy": {"class_entropy": "batch", "classifier_learning_rate": None},
     "gan": {"prior": "normal"}, "gm-gan": {"prior": "mixture"},
@@ -338,6 +339,14 @@ def test_who_is_moved_by_which_loss(switches, monkeypatch):
     assert moved("generator_loss") == {"generator"} | through_alpha | encoder
     assert moved("information_loss") == {"classifier"} | through_fakes | encoder
     assert moved("class_entropy") == ({"classifier"} | encoder if "class_entropy" in switches else set())
+
+
+def test_a_static_prior_stays_as_drawn_and_all_else_moves():
+    system = built(small(train, mixture="static"))
+    before = {name: p.detach().clone() for name, p in system.named_parameters()}
+    train.train_step(system, sgd(system, 0.1), batch())
+    stayed = {name for name, p in system.named_parameters() if torch.equal(before[name], p.detach())}
+    assert stayed == {"mixture.means", "mixture.scales"}
 
 
 OWNERS = {  # {network: its player} in Algorithm 1, with μ and A beside G (ledger 2)
