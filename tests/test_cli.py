@@ -5,6 +5,7 @@ import importlib
 import itertools
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -79,6 +80,23 @@ def test_killed_between_the_last_step_and_the_end(tmp_path, monkeypatch):
         segma_train.train(config, options)
         found = checkpoint(tmp_path)
         assert (found["epoch"], found["step"], found["total_steps"], len(found["rows"])) == (2, 0, 28, 2)
+
+
+def test_a_full_disk_while_saving_keeps_the_last_checkpoint(uninterrupted, tmp_path, capsys):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / TINY_FOLDER / "checkpoint.pt").read_bytes()
+
+    def no_room():  # no file may grow beyond 20 kB: the log still fits, the checkpoint does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    code, _, err = run_command(*RUN, "--epochs", "61", "--runs", tmp_path, "--save-every", "0", preexec_fn=no_room)
+    assert code == 1 and err.startswith("failed: ") and "checkpoint.pt: File too large" in err and "intact" in err
+    assert err.count("\n") == 1
+    assert (tmp_path / TINY_FOLDER / "checkpoint.pt").read_bytes() == before
+    assert not list((tmp_path / TINY_FOLDER).glob(".*part"))
+    code, _, err = call(segma_train.main, *RUN[1:], "--epochs", "61", "--runs", tmp_path, capsys=capsys)
+    assert code == 0, err
 
 
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path, capsys):

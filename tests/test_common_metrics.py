@@ -67,6 +67,11 @@ def test_frechet_distance_of_known_gaussians():
     assert frechet_distance((zero, eye), other) == pytest.approx(14, rel=1e-12)
 
 
+def test_frechet_distance_pinned():
+    first, second = two_feature_sets()
+    assert frechet_distance(moments(first), moments(second)) == pytest.approx(117.2527745649, rel=1e-8)
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A weights file in the official format, with random values: torch-fidelity's network, saved by itself."""
