@@ -417,6 +417,7 @@ def test_algorithms_1_and_2_replayed(semi_supervised, switches):
         "encoder": halves * sum(-(1 - q).log().mean() for q in rho[::2]),
     }
     players, stepped = model.players(), []
+    assert {*itertools.chain(*players.values())} == {*model.parameters()}  # every weight is somebody's
     expected = {name: torch.autograd.grad(losses[name], ps, retain_graph=True) for name, ps in players.items()}
     before = {name: [p.detach().clone() for p in ps] for name, ps in players.items()}
     optimizers = {name: torch.optim.SGD(ps, lr=0.1) for name, ps in players.items()}
@@ -542,6 +543,8 @@ def test_images_in_and_out():
         with pytest.raises(ValueError, match=r"expected uint8, or floats in \[0, 1\]"):
             model.classify(wrong)
     assert torch.equal(model.infer(images)[0], model.infer(images)[0]) and model.training
+    (y, z), means = model.encode(images), model.mixture()[0]
+    assert torch.equal(model.decode(y, z), model.decode(y, z)) and torch.equal(means, model.mixture()[0])
     assert not torch.equal(model.encoder(images / 255)[0][0], model.encoder(images / 255)[0][0])
     assert as_input(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, 1]
 
@@ -567,6 +570,8 @@ def test_both_mappings_of_eq_17_by_brute_force():
         orders = itertools.permutations(range(k), n)
         right = max(sum((labels[clusters == c] == m).sum().item() for m, c in enumerate(p)) for p in orders)
         assert scores.one_to_one_error(table) == pytest.approx(100 * (1 - right / 60), abs=1e-4)
+    for semi_supervised, wrong in ((False, 0), (True, 100)):  # SAMM has no mapping: component k is class k
+        assert scores.error(built(semi_supervised=semi_supervised), (labels + 1) % 3, labels, 3) == wrong
 
 
 # Figure 3d: rows are classes, columns are the 30 clusters. The last row is printed with 31 numbers. One of its first 15
@@ -668,11 +673,12 @@ def test_the_numbers_of_an_evaluation(monkeypatch, tmp_path):
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 0, 1])
     data = of_images(numbered(99), labels[:1], numbered(*range(8)), labels, "012")
     s = train.Split(numbered(99), labels[:1], numbered(8, 9, 10, 11), torch.tensor([0, 1, 2, 2]), labels[:0], PRIORS)
-    answers = {"load": data, "split": s, "in_other_modes": {}, "diagnosis": {"slope_x": 0.5}, "figures": None}
+    answers = {"load": data, "in_other_modes": {}, "diagnosis": {"slope_x": 0.5}, "figures": None}
+    monkeypatch.setattr(evaluation, "split", lambda config, data, seed: {6: s}[seed])  # that of the run's seed
     for name, answer in answers.items():
         monkeypatch.setattr(evaluation, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(evaluation.plots, "save_course", lambda *_: None)
-    monkeypatch.setattr(run, "load_run", lambda *_: (model, {"rows": rows, "identity": {"seed": 0}}))
+    monkeypatch.setattr(run, "load_run", lambda *_: (model, {"rows": rows, "identity": {"seed": 6}}))
     monkeypatch.setattr(run, "check_data", lambda *_: None)
     monkeypatch.setattr(run, "record", lambda config, state, metrics, device: metrics)
     options = run.Options("digits", runs=tmp_path, device="cpu")
@@ -829,11 +835,13 @@ def test_the_order_the_noise_and_the_labels_of_two_epochs(monkeypatch, tmp_path)
     """50 images in batches of 8: 6 steps. No noise repeats; each epoch has a new order; images keep their labels."""
     labels = torch.randint(10, (60,), generator=torch.Generator().manual_seed(0))
     data, batches, noise = of_images(numbered(*range(60)), labels, numbered(*range(20)), labels[:20]), [], []
+    weights = []
     config = few_steps("samm-digits", epochs=2, batch=8, n_labels=30, labels="random")
 
     def step(model, optimizers, batch, precision):
         batches.append(batch)
         noise.append(torch.rand(()).item())
+        weights.append(model.encoder.rows[0].y.weight.sum().item())
         return {"loss": torch.zeros(())}
 
     for name, other in (("load", lambda *_: data), ("train_step", step)):
@@ -851,6 +859,12 @@ def test_the_order_the_noise_and_the_labels_of_two_epochs(monkeypatch, tmp_path)
         assert torch.equal(order[:30].sort().values, s.images[s.known][:, 0, 5, 7].sort().values)
         assert not torch.equal(order[:18], order[30:])
     assert not torch.equal(known[0], known[1])
+    monkeypatch.setattr(train, "split", lambda *_: s)  # the same images, in another order for another seed
+    train.train(config, run.Options("samm-digits", seed=1, runs=tmp_path, device="cpu"))
+    for kind, old in (("images", seen[0, :8]), ("labelled", known[0, :8])):
+        new = (255 * getattr(batches[12], kind)[:, 0, 5, 7]).round().long()
+        assert not torch.equal(new, old)
+    assert noise[12] != noise[0] and weights[12] != weights[0]
 
 
 @pytest.fixture

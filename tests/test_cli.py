@@ -254,12 +254,13 @@ def test_a_run_stopped_in_its_first_epoch_is_evaluated(paper, experiment, tmp_pa
     assert code == 0 and "not comparable" in out, err
 
 
-def test_numbers_that_an_evaluation_cannot_make_again_are_named(tmp_path, capsys):
+def test_numbers_that_an_evaluation_cannot_make_again_are_named(tmp_path, capsys, monkeypatch):
     state = {"sessions": [run.session(torch.device("cpu"))], "weights": {}, "seconds": 1.0, "epoch": 1, "step": 0}
     state["identity"] = {"paper": "segma", "experiment": "digits", "seed": 0, "data": "digits"}
     config = run.experiment_config("segma", "digits")
     (folder := tmp_path / "segma/digits/seed0").mkdir(parents=True)
     (folder / "eval.json").write_text('{"metrics": {"error": 1.0, "fid": 9.0}}')
+    monkeypatch.setattr(run, "git_state", lambda: ("of today", True))
 
     def evaluate(options):
         return run.record(config, state, {"error": 2.0}, torch.device("cpu"))
@@ -268,6 +269,8 @@ def test_numbers_that_an_evaluation_cannot_make_again_are_named(tmp_path, capsys
         lambda argv: run.evaluate_from("segma", evaluate, argv), "digits", "--runs", tmp_path, capsys=capsys
     )
     assert code == 0 and "left out, where the evaluation before this one had them: fid\n" in out, err
+    made = evaluate(None)["provenance"]["evaluation"]
+    assert (made["git_commit"], made["git_dirty"]) == ("of today", True)  # and not of the training
 
 
 def test_a_folder_of_images_may_move(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The classifier that judges generated images: its shapes, what it learns, and its one training per data set."""
 
 import dataclasses
+import math
 import queue
 import threading
 
@@ -72,6 +73,9 @@ def test_logits_are_the_head_of_the_features_and_batches_do_not_matter():
     assert found.min() >= 0 and found.max() > 0
     torch.testing.assert_close(found, features.double(), rtol=1e-4, atol=1e-6)
     assert torch.equal(classifier.classify(network, images), logits.argmax(1))
+    before = classifier.digest(network)
+    network.body[0].weight.data[0, 0, 0, 0] += 1
+    assert classifier.digest(network) != before
 
 
 def test_digits_are_learnt_once(digits, cached, monkeypatch):
@@ -125,6 +129,35 @@ def test_the_same_seed_gives_the_same_bits(digits, few_steps):
     before = torch.get_rng_state()
     assert equal(first, train(4)) and torch.equal(before, torch.get_rng_state())
     assert not equal(first, train(5))
+
+
+def test_what_is_cached_learnt_the_training_images_by_this_recipe(digits, tmp_path, few_steps, monkeypatch):
+    network, _ = classifier.trained(digits, tmp_path, "cpu")
+    assert equal(network, classifier.train(digits.train_images, digits.train_labels, 10, 0, "cpu"))
+    monkeypatch.setattr(classifier, "RECIPE", "another")
+    monkeypatch.setattr(classifier, "train", never)
+    with pytest.raises(AssertionError, match="trained again"):
+        classifier.trained(digits, tmp_path, "cpu")
+
+
+def test_the_rate_falls_by_a_cosine(few_steps, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda o, *a: (rates.append(o.param_groups[0]["lr"]), step(o, *a)))
+    classifier.train(some((1, 28, 28), 256), torch.arange(256) % 2, 2, 0, "cpu")
+    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * i / 15)) for i in range(15)])
+
+
+@pytest.mark.parametrize(("n", "steps"), [(1437, 1000), (20_000, 1562), (100_000, 5000)])
+def test_how_long_it_trains(n, steps, monkeypatch):
+    taken = []
+
+    def forward(network, x):
+        taken.append(len(x))
+        return network.head[1].bias.expand(len(x), -1)
+
+    monkeypatch.setattr(classifier.Network, "forward", forward)
+    classifier.train(torch.zeros(n, 1, 2, 2, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), 2, 0, "cpu")
+    assert len(taken) == steps
 
 
 def test_each_epoch_takes_every_image_once_in_an_order_of_its_own_with_dropout(few_steps, monkeypatch):

@@ -445,6 +445,14 @@ def test_flowers_are_cut_resized_split_and_labelled(tmp_path, monkeypatch):
     assert f"{folder}/jpg: 1 of 14 images cannot be used: image_00017.jpg (No such file" in message
 
 
+@pytest.mark.parametrize("name, file", [("celeba", f"{JPGS}/000001.jpg"), ("flowers10_all", "jpg/image_00017.jpg")])
+def test_another_picture_is_another_digest(name, file, tmp_path, monkeypatch):
+    path = write(name, tmp_path, monkeypatch) / file
+    before = load(name, tmp_path).digest
+    Image.new("RGB", Image.open(path).size, "red").save(path)
+    assert load(name, tmp_path).digest != before
+
+
 def test_folders_of_class_folders(tmp_path, capsys):
     pets = tmp_path / "pets"
     write_images(pets / "cats", 10, (40, 30))

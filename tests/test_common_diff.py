@@ -59,6 +59,8 @@ def test_a_single_published_value_matches_inside_the_prediction_interval():
     assert diff.verdict(values, number(value=7.82)).startswith("better")  # ours is lower, and lower is better
     assert diff.verdict(values, number(value=-1.82)).startswith("worse")
     assert diff.verdict(values, number(value=7.82, better="higher")).startswith("worse")
+    without_trials = diff.verdict(values, number(value=7.80, spread=0.4, spread_is="sd"))
+    assert without_trials == diff.verdict(values, number(value=7.80))
     assert diff.verdict(values[:4], number()) == "indicative"
     for counted, word in ((101, "match"), (100, "differs")):
         assert diff.verdict([counted], number(better="equal", value=101.0)) == word
@@ -132,6 +134,7 @@ def test_records_that_are_not_the_experiments_do_not_count():
 
     assert why() is None
     assert why(epochs=3) == f"3 of {config.epochs} epochs"
+    assert why(epochs=config.epochs + 1)  # longer is another experiment too
     assert why(steps_beyond=9) == f"{config.epochs} and 9 steps of {config.epochs} epochs"
     assert why(data_official=False, train_images=9) == "9 of 1,437 images"
     assert why(data_official=False, test_images=4) == "4 of 360 images of the test set"
@@ -250,6 +253,46 @@ def test_courses_are_collected_and_stand_beside_a_run_that_is_under_way(house, c
     assert "digits seed0, epoch 2: test_error 45; reference: 40.25\n" in said
     put(house / "mine", record(seed=0))  # evaluated, so its row says it
     assert "epoch 2" not in tell(capsys, house / "mine", "show")
+
+
+def test_a_committed_seed_counts_until_a_new_run_is_collected(house):
+    runs = house / "mine"
+    put(runs, record(seed=1))
+    diff.collect(runs)
+    shutil.rmtree(runs)
+    put(runs, record(seed=1, metrics={"test_error": 1.0}))
+    assert diff.complete("segma", runs)["digits"] == [{"test_error": 11.0}]
+    diff.collect(runs)
+    assert diff.complete("segma", house)["digits"] == [{"test_error": 1.0}]
+
+
+def test_a_committed_seed_that_does_not_count_is_pending(house):
+    (house / "segma/results").mkdir()
+    run.write_json(house / "segma/results/digits.json", [record(seed=0), record(seed=1, epochs=3)])
+    rows, _ = diff.pending(["segma"], house, [])
+    assert next(row for row in rows if row[0] == "segma-digits")[1].startswith("1, 2")
+
+
+def test_a_person_s_seeds_stand_beside_the_reference_with_a_verdict_of_their_own(house, capsys):
+    for seed in range(9):
+        put(house / "theirs", record(seed=seed))
+    for folder, error in (("theirs", 10.7), ("mine", 50.0)):
+        for seed in range(5):
+            put(house / folder, record("mnist", seed, {"test_error": error + seed}, weights=f"{folder} {seed}"))
+    rows = diff.table("segma", diff.read("segma", house / "theirs"), diff.read("segma", house / "mine"))
+    (row,) = (r for r in rows if r.experiment == "mnist" and r.yours)
+    assert row.verdict.startswith("match (") and ": worse (" in row.yours
+    diff.collect(house / "theirs")
+    put(house / "mine", record(seed=0, metrics={"test_error": 30.0}))
+    out = " ".join(tell(capsys, house / "mine", "show").split())
+    # 10 … 18: mean 14, s 2.7386; t(0.975, 8) = 2.306; half 2.306 · 2.7386 · √(1 + 1/9) = 6.657
+    assert "30 (n=1): 0 of 1 in our 95 % interval [7.343, 20.66]" in out
+
+
+def test_the_tally_counts_better_and_worse_as_differing():
+    words = ("match (x)", "better (x)", "worse (x)", "differs", "not run: needs MNIST")
+    rows = [diff.Row("", "", "", "", "1", "", "", word) for word in words]
+    assert diff.tally(rows) == "1 match, 3 differ, 0 indicative, 0 not comparable, 1 not run"
 
 
 def test_two_commands_that_collect_at_once_lose_nothing(checkout):
@@ -387,6 +430,8 @@ def test_claims_compare_with_experiments_numbers_and_other_metrics(house):
     assert rows[1][5] == "holds, indicative (difference in [-15.9, -3.15])"
     assert rows[2][2:5] == ["mnist: test_error lower than other", "20.5 ± 0.71 (n=2)", "22 ± 1.4 (n=2)"]
     assert rows[2][5] == "undecided, indicative (difference in [-7.85, 4.85])"  # paired: -1 and -2
+    both = diff.read("segma", house / "mine")
+    assert diff.claims("segma", both, both) == rows  # no seed counts twice
     assert "better than a number" in diff.pages()[house / "segma/RESULTS.md"]
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import platform
 import re
+import stat
 import subprocess
 import sys
 import tomllib
@@ -72,12 +73,14 @@ NOT_CONFIGS = [
 
 
 @pytest.mark.parametrize("content", NOT_CONFIGS)
-def test_yaml_that_is_not_a_config(tmp_path, content):
+def test_yaml_that_is_not_a_config(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "x.yaml"
     path.write_text(content)
     with pytest.raises(UserError) as error:
         run.make_config(Small, run.read_yaml(path), str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert os.listdir() == ["x.yaml"]  # its command was not run
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*/configs/*.yaml")), ids=lambda p: f"{p.parts[-3]}-{p.stem}")
@@ -122,6 +125,44 @@ def test_a_checkpoint_comes_back_and_plain_torch_load_opens_it(tmp_path):
     path.mkdir()
     with pytest.raises(UserError, match="checkpoint.pt: cannot be read"):  # and not: damaged
         run.load_checkpoint(path)
+
+
+def test_a_checkpoint_is_at_most_a_minute_old(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    with open_run(tmp_path) as r:
+        r.resume(*one_layer(), 1000)
+        for _ in range(130):  # steps of a second
+            clock[0] += 1
+            r.after_step({"loss": torch.tensor(1.0)})
+            assert r.step - (run.load_checkpoint(r.path) or {"step": 0})["step"] <= 60
+
+
+def test_a_power_cut_finds_the_old_checkpoint_or_the_new_one(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(stat.S_ISDIR(os.fstat(fd).st_mode)) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("renamed") or replace(*paths))
+    run.save_checkpoint(tmp_path / "checkpoint.pt", states()[0])
+    assert done == [False, "renamed", True]  # the file is on the disk, then its name
+
+
+def test_options_reach_torch(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.set_num_threads(2)
+    try:
+        run.set_up(run.Options("digits", device="cpu", threads=1, deterministic=True))
+        assert torch.get_num_threads() == 1 and torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_flags_of_a_run_find_it_again(tmp_path):
+    moved = {"dataset": "folder:/a b"}
+    options = run.Options("folder", seed=3, runs=tmp_path, changes={"n_labels": 50}, moved=moved)
+    _, found = run.parse("segma.eval", None, ["folder", *options.flags()])
+    assert found.folder("segma") == options.folder("segma") and found.moved == moved
 
 
 def test_a_checkpoint_that_carries_code_does_not_run_it(tmp_path):
@@ -355,8 +396,26 @@ def test_results_that_are_collected_do_not_make_the_tree_dirty(tmp_path, monkeyp
     (tmp_path / "segma/README.md").write_text("collected")
     (tmp_path / "segma/results/digits.json").write_text("collected")
     assert run.git_state()[1] is False
+    for name in ("segma/new.py", "segma/configs/new.yaml"):  # git does not know them yet
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+        assert run.git_state()[1] is True, name
+        (tmp_path / name).unlink()
     (tmp_path / "segma/train.py").write_text("changed")
     assert run.git_state()[1] is True
+    monkeypatch.setattr(run, "ROOT", tmp_path.resolve() / "segma")  # inside another repository
+    assert run.git_state() == (None, None)
+
+
+def test_a_run_that_was_once_dirty_stays_so(tmp_path, monkeypatch):
+    for state in (("a", True), ("b", False)):
+        monkeypatch.setattr(run, "git_state", lambda state=state: state)
+        with open_run(tmp_path) as r:
+            r.resume(*one_layer(), 9)
+            r.after_step({"loss": torch.tensor(1.0)})
+            r.save()
+    found = run.provenance(run.load_checkpoint(r.path))
+    assert found["git_dirty"] is True and found["git_commits"] == ["a", "b"]
 
 
 def test_provenance_names_every_commit_and_any_dirty_tree():

@@ -29,6 +29,7 @@ from segma.eval import (
     nearest_classes,
     points_between,
     rows_are_classes,
+    samples,
     style_transfers,
     tables_i_and_iii,
     to_bytes,
@@ -258,6 +259,11 @@ def test_loss_is_eq_9_of_its_parts():
     assert terms["cross_entropy"].item() == pytest.approx(cross_entropy.item(), rel=1e-5)
     total = terms["mse"] + 5 * terms["d2"].log() + 10 * terms["cross_entropy"]
     assert terms["loss"].item() == pytest.approx(total.item(), rel=1e-6)
+    system.config, x = dataclasses.replace(system.config, loss_over="all"), torch.cat([x, known])  # ledger 4
+    terms, z = system.loss(x[:10], known, labels), system.encoder(x)
+    assert terms["mse"].item() == pytest.approx((x - system.decoder(z)).square().sum().item() / 15, rel=1e-5)
+    distance = model.cramer_wold_distance(z, system.means, system.priors, (4 / 4.5) ** 0.4)  # N_c = 15 / 10
+    assert terms["d2"].item() == pytest.approx(distance.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -514,6 +520,9 @@ def test_eval_repeats_itself_and_reports_what_the_run_gives(trained, monkeypatch
     nearest = torch.cdist(images.flatten(1), data.train_images[known].flatten(1) / 255).argmin(1)
     wrong = (data.train_labels[known][nearest] != data.test_labels).double().mean().item()
     assert found["nearest_neighbour_error"] == pytest.approx(100 * wrong)
+    (sampled,) = (row for row in after["details"]["sampled_distance"] if row["n"] == 100)
+    assert found["sampled_gradient_noise"] == pytest.approx(100 * sampled["gradient_noise"])
+    assert found["lines_6_to_9_through_4"] == pytest.approx(100 * after["details"]["between"]["6-9"].get("4", 0))
     log = list(csv.DictReader(open(path.parent / "log.csv")))
     assert after["metrics"]["test_error"] == pytest.approx(float(log[-1]["test_error"]), abs=1e-4)
     monkeypatch.setattr("segma.eval.load", lambda *_: dataclasses.replace(data, digest="0" * 16))
@@ -529,6 +538,11 @@ def test_bf16_follows_fp32(reconstruction):
     terms = {p: system.loss(x[:100], x[100:], labels, p) for p in ("fp32", "bf16")}
     for name, value in terms["fp32"].items():
         assert terms["bf16"][name].item() == pytest.approx(value.item(), rel=0.02)
+    system = toy(3 * torch.eye(10))  # an image is its own code: only the distance and the logarithms are left
+    z, components = system.draw(105, torch.Generator().manual_seed(0))
+    exact, found = (system.loss(z[:100], z[100:], components[100:], p) for p in ("fp32", "bf16"))
+    assert found["d2"].item() == pytest.approx(exact["d2"].item(), rel=1e-5)
+    assert found["cross_entropy"].item() == pytest.approx(exact["cross_entropy"].item(), rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -553,6 +567,21 @@ def test_figures_of_any_class_names_and_of_a_single_epoch(tmp_path, monkeypatch)
         assert [axes.get_yscale() for axes in made[-1].axes[:2]] == scales
         assert made[-1].axes[0].get_title() == "reconstruction error, eq. (1)"
         assert all(axes.lines[0].get_marker() == "." for axes in made[-1].axes[:2])
+        assert made[-1].axes[0].lines[0].get_xdata().tolist() == [row["epoch"] for row in several]
+
+
+def test_a_grid_is_laid_out_row_by_row_beside_its_labels(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: made.append(figure))
+    images = torch.tensor([-0.5, 0.2, 0.4, 0.6, 0.8, 1.5]).view(6, 1, 1, 1).expand(6, 1, 4, 5)
+    laid = plots.grid(images, 3)  # cells of 4×5, two pixels between
+    assert laid.shape == (14, 23, 3) and laid[[3, 9]][:, [3, 10, 17], 0].tolist() == [[0, 51, 102], [153, 204, 255]]
+    plots.save_labelled_grid(images, tmp_path / "x.png", 3, "", ["upper", "lower"], ["left", "middle", "right"])
+    (axes,) = made[0].axes
+    rows, columns = {"upper": 4, "lower": 10}, {"left": 4.5, "middle": 11.5, "right": 18.5}
+    for axis, expected in ((axes.yaxis, rows), (axes.xaxis, columns)):
+        labels = [label.get_text() for label in axis.get_ticklabels()]
+        assert dict(zip(labels, axis.get_ticklocs().tolist(), strict=True)) == expected
 
 
 def test_a_figure_says_below_everything_else_whose_it_is(tmp_path, monkeypatch):
@@ -573,7 +602,7 @@ def test_figures_7_and_8_start_from_the_class_that_eq_7_gives(tmp_path, monkeypa
     system, assigned, drawn = toy(means), torch.arange(12) % 4, []
     z = means[assigned] + torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
     system.decoder = torch.nn.Unflatten(1, (1, 1, 10))
-    images = torch.zeros(12, 1, 1, 10, dtype=torch.uint8)
+    images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 1, 1, 10)
     data = Dataset("made up", images, assigned, images, (assigned + 1) % 4, tuple("0123"), "0" * 16, False)
     monkeypatch.setattr(plots, "save_labelled_grid", lambda *arguments: drawn.append(arguments))
     chosen = style_transfers(system, data, z, torch.Generator().manual_seed(1), tmp_path)
@@ -587,6 +616,14 @@ def test_figures_7_and_8_start_from_the_class_that_eq_7_gives(tmp_path, monkeypa
     torch.testing.assert_close(codes[0][:, -1], z[chosen] + means[target] - means)
     assert drawn[1][4] == ["0, away from 1", "1, away from 0", "2, away from 3", "3, away from 2"]
     torch.testing.assert_close(codes[1][:, 2], z[chosen] + 0.5 * (means - means[[1, 0, 3, 2]]))
+    samples(system, data, torch.Generator().manual_seed(0), tmp_path)  # Figs. 3 to 5: a row is a component
+    assert torch.equal(system.classify(drawn[-1][0].flatten(1)).view(4, 10), torch.arange(4)[:, None].expand(4, 10))
+    interpolations(system, data, z, torch.Generator().manual_seed(0), tmp_path)  # Fig. 6
+    rows = drawn[-1][0].view(4, 11, 10)
+    first, last = ((255 * rows[:, i, 0]).round().long() for i in (0, -1))
+    t = torch.linspace(0, 1, 9)[None, :, None]
+    torch.testing.assert_close(rows[:, 1:-1], (1 - t) * z[first][:, None] + t * z[last][:, None])
+    assert drawn[-1][4] == [f"{data.test_labels[i]} to {data.test_labels[j]}" for i, j in zip(first, last, strict=True)]
     for seed in range(20):  # no image is classified as 3: row 3 starts from another class
         style_transfers(system, data, z[assigned % 3], torch.Generator().manual_seed(seed), tmp_path)
         assert all(source != target for source, target in (row.split(" to ") for row in drawn[-1][4]))
@@ -603,12 +640,16 @@ def test_with_one_class_figure_6_goes_from_one_image_to_another(tmp_path, monkey
     assert len(ends) == 6 and all(first != last for first, last in ends) and drawn[0][4] == ["a to a"]
 
 
-def test_samples_are_always_from_the_same_noise(tmp_path):
+def test_samples_are_always_from_the_same_noise(tmp_path, monkeypatch):
     system, paths = small(), [tmp_path / f"{i}.png" for i in range(3)]
     for path, seed in zip(paths, (0, 0, 1), strict=True):
         save_samples(system, path, seed)
     once, again, other = (path.read_bytes() for path in paths)
     assert once == again != other
+    made, system = [], toy(50 * torch.eye(3, 10))
+    monkeypatch.setattr("segma.train.save_grid", lambda codes, *_, **__: made.append(codes))
+    save_samples(system, tmp_path, 0)
+    assert torch.equal(system.classify(made[0]).view(3, 10), torch.arange(3)[:, None].expand(3, 10))
 
 
 def test_lines_pass_through_the_class_that_lies_between():
@@ -666,6 +707,10 @@ def test_fids_are_taken_against_train_and_test(monkeypatch, tmp_path, trained):
     assert scores["fid"] == pytest.approx(expected, rel=1e-6)
     again, _ = tables_i_and_iii(system, data, system.encode(data.test_images), options)
     assert again == scores and calls[6:] == [1000, 1000]  # the real images' moments came from the cache
+    points = points_between(system.encode(data.test_images), run.generator(3, "fid interpolation"))
+    made = features(None, to_bytes(system.decode(points)))
+    expected = frechet_distance(moments(made), moments(features(None, data.test_images)))
+    assert scores["fid_interpolation_test"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_without_weights_fid_is_left_out_and_the_reason_printed(monkeypatch, capsys, tmp_path):
@@ -710,6 +755,7 @@ def test_the_closed_form_is_what_sampling_tends_to():
 
 def test_noise_of_the_sampled_gradient_falls_as_one_over_the_root_of_n():
     system = toy(3 * torch.eye(10))
+    system.priors.copy_(torch.arange(1, 11) / 55)
     z, _ = system.draw(3000, torch.Generator().manual_seed(0))
     rows, timing = closed_form_against_sampling(system, z, seed=0)
     assert [row["n"] for row in rows] == [row["n"] for row in timing] == [0, 10, 30, 100, 300, 1000]
@@ -718,6 +764,17 @@ def test_noise_of_the_sampled_gradient_falls_as_one_over_the_root_of_n():
     assert noise[3] / noise[5] == pytest.approx(10**0.5, rel=0.3)
     assert rows[1]["sd"] > rows[5]["sd"] > 0 == rows[0]["sd"]
     assert all(row["milliseconds"] > 0 for row in timing)
+    generator, gradients = run.generator(0, "sampled distance"), []  # the noise for n = 10, by NumPy
+    codes = z[torch.randperm(3000, generator=generator)[:100]].requires_grad_()
+    means = system.means.clone().requires_grad_()
+    for _ in range(20):
+        k = torch.multinomial(system.priors, 10, replacement=True, generator=generator)
+        drawn = means[k] + torch.randn(10, 10, generator=generator)
+        slopes = torch.autograd.grad(model.sampled_distance(codes, drawn, system.gamma), (codes, means))
+        gradients.append(np.concatenate([g.flatten() for g in slopes]))
+    mean = np.mean(gradients, 0)
+    expected = np.sqrt(np.square(gradients - mean).sum(1).mean()) / np.linalg.norm(mean)
+    assert noise[1] == pytest.approx(expected, rel=1e-4)
 
 
 def test_verdict_counts_samples_of_their_class():

@@ -11,7 +11,7 @@ import torch
 from torch.distributions import Bernoulli, Categorical, Independent, Normal, kl_divergence
 
 from common import plots, run
-from common.data import Dataset
+from common.data import Dataset, draw_labels
 from segma import adgm, load, m1m2, train
 from segma.eval import evaluate
 from segma.model import transfer_style
@@ -152,6 +152,26 @@ def test_m2_by_hand():
     assert system.unlabelled_bound(z1, noise()).item() == pytest.approx(labelled + entropy, rel=1e-12)
 
 
+@pytest.mark.parametrize(("reading", "log_variance"), [("free", 0.0), ("at_least_one", math.log(2))])
+def test_m2_s_objective_by_hand(reading, log_variance):
+    """Every network gives 0, except the classifier: q is 1/2, 1/4, 1/4, and log σ² of q is 0, or softplus(0)."""
+    system = small(m1m2, posterior_variance=reading)
+    with torch.no_grad():
+        for p in system.parameters():
+            p.zero_()
+        system.q_y.heads[0].bias[0] = math.log(2)
+    batch = batch_of(4, 3)
+    terms = system.m2_loss(batch._replace(noise=noise(5)))
+    z1 = math.exp(log_variance / 2) * torch.randn(7, 2, generator=noise(5), dtype=torch.float64)
+    kl = math.exp(log_variance) - 1 - log_variance  # of two dimensions
+    bounds = -math.log(2 * math.pi) - z1.square().sum(1) / 2 - math.log(3) - kl
+    q = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    expected = {"unlabelled_bound": bounds[:4].mean() + 1.5 * math.log(2), "labelled_bound": bounds[4:].mean()}
+    expected["cross_entropy"] = -q[batch.labels].log().mean()
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value.item(), rel=1e-10), name
+
+
 def test_m1_is_trained_first_and_then_left_alone():
     system = small(m1m2, labelled_weight=0.3)
     optimizer = torch.optim.Adam(system.parameters(), lr=0.01)
@@ -218,6 +238,8 @@ def test_joined_inputs_are_one_layer_on_the_concatenation():
     hidden = dense.hidden(whole(torch.cat([x.expand(7, 4, 3), y.expand(7, 4, 2)], -1)))
     for found, head in zip(dense(x, y), dense.heads, strict=True):
         torch.testing.assert_close(found, head(hidden))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(out.dtype == torch.float32 for out in dense(x, y))  # densities are never in bf16
 
 
 @pytest.mark.parametrize("module", [m1m2, adgm])
@@ -236,6 +258,18 @@ def test_a_code_is_z_and_a_one_hot(module):
     assert torch.equal(system.classify(codes), components)
     torch.testing.assert_close(components.bincount() / 3000, torch.full((3,), 1 / 3), atol=0.04, rtol=0)
     assert system.decode(moved).shape == (1, 1, 2, 2)
+    images = torch.rand(6, 1, 2, 2)  # ledger 42: means all the way, and the most probable class
+    x, codes = images.flatten(1), system.encode(images)
+    if module is m1m2:
+        z1 = system.q_z1(x)[0]
+        y = torch.eye(3)[system.q_y(z1).argmax(1)]
+        z, logits = system.q_z2(z1, y)[0], system.p_x(system.p_z1(codes[:, :2], codes[:, 2:])[0])
+    else:
+        a = system.q_a(x)[0]
+        y = torch.eye(3)[system.q_y(x, a).argmax(1)]
+        z, logits = system.q_z(x, a, y)[0], system.p_x(codes[:, :2], codes[:, 2:])
+    torch.testing.assert_close(codes, torch.cat([z, y], 1))
+    torch.testing.assert_close(system.decode(codes).flatten(1), 1 / (1 + (-logits.flatten(1)).exp()))
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
@@ -275,8 +309,10 @@ NETWORKS = {
 
 @pytest.mark.parametrize("experiment", NETWORKS)
 def test_parameter_counts(experiment):
-    networks = run.experiment_config("segma", experiment).build().named_children()
-    assert {name: sum(p.numel() for p in network.parameters()) for name, network in networks} == NETWORKS[experiment]
+    system = run.experiment_config("segma", experiment).build()
+    found = {name: sum(p.numel() for p in network.parameters()) for name, network in system.named_children()}
+    assert found == NETWORKS[experiment]
+    assert all(p.abs().max() == 0 for name, p in system.named_parameters() if name.endswith("bias"))  # not PyTorch's
 
 
 def test_the_appendixs_convolutions():
@@ -287,6 +323,13 @@ def test_the_appendixs_convolutions():
     images = layer_shapes(system.images, torch.zeros(1, 1024))
     assert [x for x in images if x[0] == "ConvTranspose2d"] == [
         ("ConvTranspose2d", s) for s in ([64, 8, 8], [32, 16, 16], [32, 32, 32], [3, 64, 64])]  # fmt: skip
+    segma, dense = run.experiment_config("segma", "celeba").build(), ["Linear", "ReLU"]
+    there, back = ["Conv2d", "ReLU"] * 4 + ["Flatten"], ["Unflatten"] + ["ConvTranspose2d", "ReLU"] * 3
+    encoder = layer_shapes(segma.encoder, torch.zeros(1, 3, 64, 64))
+    decoder = layer_shapes(segma.decoder, torch.zeros(1, 32))
+    kinds = [[kind for kind, _ in layers] for layers in (features, images, encoder, decoder)]
+    assert kinds[:2] == [there, ["ReLU", *back, "ConvTranspose2d"]]
+    assert kinds[2:] == [there + dense * 2 + ["Linear"], dense * 3 + back + ["ConvTranspose2d", "Sigmoid"]]
 
 
 def test_the_decoder_with_the_papers_four_layers():
@@ -334,6 +377,10 @@ def test_every_experiment_trains_two_steps_and_evaluates(experiment, tmp_path, m
     folder = train.train(config, options, step)
     rows = run.load_run("segma", folder)[1]["rows"]
     assert len(rows) == (2 if m1 else 1) and (folder / "samples").is_dir()
+    priors, k = load(folder).priors, config.components
+    if step is train.train_step and k > 1:  # also with β = 0 (ledger 30)
+        known, _ = draw_labels(data.train_labels, 50, config.labels, data.class_names, 0)
+        torch.testing.assert_close(priors, data.train_labels[known].bincount(minlength=k) / 50)
     result = evaluate(options)
     labelled, faces = not experiment.endswith(("cwae", "unsupervised")), config.image_shape[1] == 64
     assert ("test_error" in result["metrics"]) == labelled
