@@ -411,7 +411,7 @@ def pages() -> dict[Path, str]:
         missing = [r for r in numbers if r[:2] not in {row[:2] for row in done}]  # no reading has a run
         left = {r[:2]: r.verdict.partition(" (")[0] for r in missing}  # without the hours
         waiting = "; ".join(f"{n} {why}" for why, n in Counter(left.values()).items()) or "none"
-        blocks[folder] = f"{as_markdown([heads, *short[:10]])}\n\n" * bool(short) + (
+        blocks[folder] = f"{as_markdown([heads, *short])}\n\n" * bool(short) + (
             f"Published numbers without a comparable run of ours: {waiting}.\n\n"
             "[RESULTS.md](RESULTS.md) has every number, claim, reference run and figure."
         )
