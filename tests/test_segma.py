@@ -31,6 +31,7 @@ from segma.eval import (
     rows_are_classes,
     samples,
     style_transfers,
+    table_ii,
     tables_i_and_iii,
     to_bytes,
     verdict,
@@ -167,6 +168,7 @@ def test_bandwidth_is_silvermans():
     assert model.silverman_bandwidth(10) == pytest.approx((4 / 30) ** (2 / 5), rel=1e-15)
     assert Config().codes_per_batch / Config().n_components == 10  # N_c for MNIST
     assert Config(loss_over="all").codes_per_batch / Config().n_components == 20
+    assert Config(loss_over="all", n_labels=30).codes_per_batch == 130  # all labels, since they are fewer
 
 
 def test_posterior_is_eq_7_and_classify_its_mode():
@@ -221,7 +223,7 @@ def test_style_transfer_ends_at_z_plus_difference_of_means():
 def test_intensity_moves_away_from_the_anti_target():
     means, _ = random_mixture(5, 10)
     z = means[[1]] + 0.1
-    moved = model.intensify(z, torch.tensor([1]), torch.tensor([3]), means, 0.5)
+    moved = model.intensify(z, torch.tensor([1]), torch.tensor([3]), means)
     torch.testing.assert_close(moved, z + 0.5 * (means[[1]] - means[[3]]))
     assert (moved - means[3]).norm() > (z - means[3]).norm()
 
@@ -293,10 +295,13 @@ def test_gradient_is_clipped_by_global_norm_then_by_value():
     before = [p.grad.clone() for p in parameters]
     norm = torch.cat([g.flatten() for g in before]).norm()
     assert norm > 5
-    terms = train_step(system, optimizer, Batch(x, known, labels, False, torch.Generator()))
-    assert terms["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
-    for p, g in zip(parameters, before, strict=True):
-        torch.testing.assert_close(p.grad, (g * 5 / norm).clamp(-0.01, 0.01), rtol=1e-3, atol=1e-6)
+    for limit, bound in ((5.0, 0.01), (None, 0.01), (5.0, None)):
+        system.config = dataclasses.replace(system.config, grad_clip_norm=limit, grad_clip_value=bound)
+        terms = train_step(system, optimizer, Batch(x, known, labels, False, torch.Generator()))
+        assert terms["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
+        for p, g in zip(parameters, before, strict=True):
+            scaled, most = g * (limit / norm if limit else 1), bound or math.inf
+            torch.testing.assert_close(p.grad, scaled.clamp(-most, most), rtol=1e-3, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ networks, the mixture
@@ -371,6 +376,8 @@ def test_images_go_in_as_bytes_or_as_floats_in_the_unit_range():
     z = system.encode(images)
     assert z.shape == (5, 10) and torch.equal(system.encode(images / 255), z)
     assert system.decode(z).shape == (5, 1, 28, 28) and system.sample(3, component=1).shape == (3, 1, 28, 28)
+    once, again, other = (system.sample(3, seed=seed) for seed in (1, 1, 0))
+    assert torch.equal(once, again) and not torch.equal(once, other)
     for wrong in (images.long(), images.float(), images / 127.5 - 1, torch.full((1, 1, 28, 28), float("nan"))):
         with pytest.raises(ValueError, match=r"^images: expected uint8, or floats in \[0, 1\]; found .*$"):
             system.encode(wrong)
@@ -523,6 +530,12 @@ def test_eval_repeats_itself_and_reports_what_the_run_gives(trained, monkeypatch
     (sampled,) = (row for row in after["details"]["sampled_distance"] if row["n"] == 100)
     assert found["sampled_gradient_noise"] == pytest.approx(100 * sampled["gradient_noise"])
     assert found["lines_6_to_9_through_4"] == pytest.approx(100 * after["details"]["between"]["6-9"].get("4", 0))
+    system.config = dataclasses.replace(system.config, labels="first")  # ledger 1
+    nearest = torch.cdist(images.flatten(1), data.train_images[:100].flatten(1) / 255).argmin(1)
+    wrong = (data.train_labels[nearest] != data.test_labels).double().mean().item()
+    assert table_ii(system, data, z, 3)["nearest_neighbour_error"] == pytest.approx(100 * wrong)
+    distances = np.linalg.norm(system.means[:, None].numpy() - system.means.numpy(), axis=2)
+    np.testing.assert_allclose(after["details"]["mean_distances"], distances, atol=1e-3)
     log = list(csv.DictReader(open(path.parent / "log.csv")))
     assert after["metrics"]["test_error"] == pytest.approx(float(log[-1]["test_error"]), abs=1e-4)
     monkeypatch.setattr("segma.eval.load", lambda *_: dataclasses.replace(data, digest="0" * 16))
@@ -538,6 +551,7 @@ def test_bf16_follows_fp32(reconstruction):
     terms = {p: system.loss(x[:100], x[100:], labels, p) for p in ("fp32", "bf16")}
     for name, value in terms["fp32"].items():
         assert terms["bf16"][name].item() == pytest.approx(value.item(), rel=0.02)
+    assert terms["bf16"]["loss"] != terms["fp32"]["loss"]
     system = toy(3 * torch.eye(10))  # an image is its own code: only the distance and the logarithms are left
     z, components = system.draw(105, torch.Generator().manual_seed(0))
     exact, found = (system.loss(z[:100], z[100:], components[100:], p) for p in ("fp32", "bf16"))
@@ -551,13 +565,14 @@ def test_bf16_follows_fp32(reconstruction):
 def test_figures_of_any_class_names_and_of_a_single_epoch(tmp_path, monkeypatch):
     made, names = [], ["a_$", "b_$", "$_$ and not smiling", "6"]
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: made.append(figure))
-    lines = {"-".join(pair): {"$_$ and not smiling": 0.5} for pair in itertools.combinations(names, 2)}
+    lines = {"-".join(pair): {"$_$ and not smiling": 0.5, "6": 0.1} for pair in itertools.combinations(names, 2)}
     geometry({"mean_distances": torch.rand(4, 4).tolist(), "between": lines}, names, tmp_path)
     for figure in made:  # no text covers another, and $…$ is not read as a formula
         figure.canvas.draw()
         boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
         assert len(boxes) == 12 and all(box.count_overlaps(boxes) == 1 for box in boxes)
         assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == names
+    assert all(text.get_text().endswith(": 50") for text in figure.axes[0].texts if text.get_text())  # most lines
     before = len(made)  # between two classes there is no third one
     geometry({"mean_distances": torch.rand(2, 2).tolist(), "between": {"a-b": {}}}, ["a", "b"], tmp_path)
     assert len(made) == before + 1
@@ -603,7 +618,7 @@ def test_figures_7_and_8_start_from_the_class_that_eq_7_gives(tmp_path, monkeypa
     z = means[assigned] + torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
     system.decoder = torch.nn.Unflatten(1, (1, 1, 10))
     images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 1, 1, 10)
-    data = Dataset("made up", images, assigned, images, (assigned + 1) % 4, tuple("0123"), "0" * 16, False)
+    data = Dataset("made up", images.flip(0), assigned, images, (assigned + 1) % 4, tuple("0123"), "0" * 16, False)
     monkeypatch.setattr(plots, "save_labelled_grid", lambda *arguments: drawn.append(arguments))
     chosen = style_transfers(system, data, z, torch.Generator().manual_seed(1), tmp_path)
     intensities(system, data, z, chosen, torch.Generator(), tmp_path)
@@ -616,6 +631,9 @@ def test_figures_7_and_8_start_from_the_class_that_eq_7_gives(tmp_path, monkeypa
     torch.testing.assert_close(codes[0][:, -1], z[chosen] + means[target] - means)
     assert drawn[1][4] == ["0, away from 1", "1, away from 0", "2, away from 3", "3, away from 2"]
     torch.testing.assert_close(codes[1][:, 2], z[chosen] + 0.5 * (means - means[[1, 0, 3, 2]]))
+    intensities(system, dataclasses.replace(data, name="celeba_train"), z, chosen, torch.Generator(), tmp_path)
+    assert drawn[2][4] == ["0, away from 1", "2, away from 1", "3, away from 1", "1, away from 3"]  # as in the paper
+    assert len(drawn[2][0]) == 4 * 7  # and no original (ledger 47)
     samples(system, data, torch.Generator().manual_seed(0), tmp_path)  # Figs. 3 to 5: a row is a component
     assert torch.equal(system.classify(drawn[-1][0].flatten(1)).view(4, 10), torch.arange(4)[:, None].expand(4, 10))
     interpolations(system, data, z, torch.Generator().manual_seed(0), tmp_path)  # Fig. 6
@@ -627,6 +645,9 @@ def test_figures_7_and_8_start_from_the_class_that_eq_7_gives(tmp_path, monkeypa
     for seed in range(20):  # no image is classified as 3: row 3 starts from another class
         style_transfers(system, data, z[assigned % 3], torch.Generator().manual_seed(seed), tmp_path)
         assert all(source != target for source, target in (row.split(" to ") for row in drawn[-1][4]))
+    system.config = dataclasses.replace(system.config, label_weight=0.0)  # then a component is no class
+    samples(system, data, torch.Generator(), tmp_path)
+    assert drawn[-1][4][3] == "component 3"
 
 
 def test_with_one_class_figure_6_goes_from_one_image_to_another(tmp_path, monkeypatch):
@@ -677,6 +698,8 @@ def test_points_between_lie_on_segments_between_codes():
     t = ((points[:1000] - first) * direction).sum(1) / direction.square().sum(1)
     torch.testing.assert_close(first + t[:, None] * direction, points[:1000])
     assert 0 <= t.min() and t.max() <= 1 and t.mean().item() == pytest.approx(0.5, abs=0.05)
+    t = ((points[1000:2000] - first) * direction).sum(1) / direction.square().sum(1)
+    assert not torch.isclose(first + t[:, None] * direction, points[1000:2000]).all(1).any()  # other pairs
 
 
 def test_to_bytes_clips_and_truncates():
@@ -764,17 +787,20 @@ def test_noise_of_the_sampled_gradient_falls_as_one_over_the_root_of_n():
     assert noise[3] / noise[5] == pytest.approx(10**0.5, rel=0.3)
     assert rows[1]["sd"] > rows[5]["sd"] > 0 == rows[0]["sd"]
     assert all(row["milliseconds"] > 0 for row in timing)
-    generator, gradients = run.generator(0, "sampled distance"), []  # the noise for n = 10, by NumPy
+    generator, gradients, values = run.generator(0, "sampled distance"), [], []  # the noise for n = 10, by NumPy
     codes = z[torch.randperm(3000, generator=generator)[:100]].requires_grad_()
     means = system.means.clone().requires_grad_()
     for _ in range(20):
         k = torch.multinomial(system.priors, 10, replacement=True, generator=generator)
         drawn = means[k] + torch.randn(10, 10, generator=generator)
-        slopes = torch.autograd.grad(model.sampled_distance(codes, drawn, system.gamma), (codes, means))
+        values.append(model.sampled_distance(codes, drawn, system.gamma))
+        slopes = torch.autograd.grad(values[-1], (codes, means))
         gradients.append(np.concatenate([g.flatten() for g in slopes]))
     mean = np.mean(gradients, 0)
     expected = np.sqrt(np.square(gradients - mean).sum(1).mean()) / np.linalg.norm(mean)
     assert noise[1] == pytest.approx(expected, rel=1e-4)
+    exact = model.cramer_wold_distance(codes, means, system.priors, system.gamma).item()
+    assert [row["mean"] for row in rows[:2]] == pytest.approx([exact, sum(values).item() / 20], rel=1e-4)
 
 
 def test_verdict_counts_samples_of_their_class():
@@ -792,7 +818,7 @@ def test_a_sample_has_the_class_of_the_nearest_training_image():
     system.priors.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]))
     images = (255 * torch.eye(4, 10)).to(torch.uint8).view(4, 1, 1, 10)
     labels = torch.tensor([0, 1, 2, 2])  # component 3 makes images of class 2
-    data = Dataset("made up", images, labels, images, labels, tuple("0123"), "0" * 16, False)
+    data = Dataset("made up", images, labels, images.flip(0), labels, tuple("0123"), "0" * 16, False)
     monochrome = torch.nn.Unflatten(1, (1, 1, 10))
     system.decoder = torch.nn.Sequential(monochrome, torch.nn.Threshold(20.0, 0.0))
     _, components = system.draw(2000, run.generator(7, "nearest images"))

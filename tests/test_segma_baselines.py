@@ -13,7 +13,7 @@ from torch.distributions import Bernoulli, Categorical, Independent, Normal, kl_
 from common import plots, run
 from common.data import Dataset, draw_labels
 from segma import adgm, load, m1m2, train
-from segma.eval import evaluate
+from segma.eval import COURSE, evaluate
 from segma.model import transfer_style
 from segma.train import Batch
 from tests.conftest import slope
@@ -235,7 +235,8 @@ def test_joined_inputs_are_one_layer_on_the_concatenation():
     with torch.no_grad():
         whole.weight.copy_(torch.cat([layer.weight for layer in dense.inputs], 1))
         whole.bias.copy_(dense.inputs[0].bias)
-    hidden = dense.hidden(whole(torch.cat([x.expand(7, 4, 3), y.expand(7, 4, 2)], -1)))
+    hidden = whole(torch.cat([x.expand(7, 4, 3), y.expand(7, 4, 2)], -1)).relu()
+    hidden = dense.hidden[1](hidden).relu()
     for found, head in zip(dense(x, y), dense.heads, strict=True):
         torch.testing.assert_close(found, head(hidden))
     with torch.autocast("cpu", torch.bfloat16):
@@ -311,7 +312,7 @@ NETWORKS = {
 def test_parameter_counts(experiment):
     system = run.experiment_config("segma", experiment).build()
     found = {name: sum(p.numel() for p in network.parameters()) for name, network in system.named_children()}
-    assert found == NETWORKS[experiment]
+    assert found == NETWORKS[experiment] and all(p.requires_grad for p in system.parameters())  # CWAE's mean, too
     assert all(p.abs().max() == 0 for name, p in system.named_parameters() if name.endswith("bias"))  # not PyTorch's
 
 
@@ -377,10 +378,14 @@ def test_every_experiment_trains_two_steps_and_evaluates(experiment, tmp_path, m
     folder = train.train(config, options, step)
     rows = run.load_run("segma", folder)[1]["rows"]
     assert len(rows) == (2 if m1 else 1) and (folder / "samples").is_dir()
-    priors, k = load(folder).priors, config.components
+    assert ["test_error" in row for row in rows] == ([False, True] if m1 else [config.labelled_per_batch > 0])
+    assert {*itertools.chain(*rows)} - {"epoch", "seconds", "loss", "grad_norm", "labelled_bound"} <= COURSE.keys()
+    system, k = load(folder), config.components
+    if step is train.train_step:
+        assert rows[-1]["mean_norm"] == pytest.approx(system.means.square().sum(1).sqrt().mean().item(), rel=1e-5)
     if step is train.train_step and k > 1:  # also with β = 0 (ledger 30)
         known, _ = draw_labels(data.train_labels, 50, config.labels, data.class_names, 0)
-        torch.testing.assert_close(priors, data.train_labels[known].bincount(minlength=k) / 50)
+        torch.testing.assert_close(system.priors, data.train_labels[known].bincount(minlength=k) / 50)
     result = evaluate(options)
     labelled, faces = not experiment.endswith(("cwae", "unsupervised")), config.image_shape[1] == 64
     assert ("test_error" in result["metrics"]) == labelled
@@ -413,6 +418,7 @@ def test_each_epoch_has_its_own_order_and_each_step_its_own_noise(module, tmp_pa
         seen, first = [], []
 
         def step(model, optimizer, batch, precision, seen=seen, first=first):
+            assert precision == "bf16"
             first += [] if first else [{name: x.clone() for name, x in model.state_dict().items()}]
             (group,) = optimizer.param_groups
             assert type(optimizer) is torch.optim.Adam and (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
@@ -424,7 +430,7 @@ def test_each_epoch_has_its_own_order_and_each_step_its_own_noise(module, tmp_pa
             seen.append((drawn.tolist(), known.tolist(), batch.m1_alone, draws))
             return {"loss": torch.zeros(())}
 
-        train.train(config, run.Options("digits", seed=seed, runs=tmp_path), step)
+        train.train(config, run.Options("digits", seed=seed, runs=tmp_path, precision="bf16"), step)
         drawn, known, m1_alone, noises = zip(*seen, strict=True)
         orders = [sum(drawn[i : i + 3], []) for i in (0, 3)]  # 7 of the 37 images are left out
         cycles = [sum(known[i : i + 3], []) for i in (0, 3)]  # three batches of six from the eight labelled images
@@ -466,7 +472,9 @@ def by_hand(system, batch: Batch):
         log_variance = floor(log_variance)
         z = mean + (log_variance / 2).exp() * eps
         p_mean, p_log_variance = system.p_a(h[[i]], z, y)
-        value = Independent(Bernoulli(logits=system.p_x(z, y)), 1).log_prob(h[[i]]) - math.log(k)
+        logits = system.p_x(z, y)
+        pixels = Bernoulli(logits=logits) if config.likelihood == "bernoulli" else Normal(logits.sigmoid(), 1.0)
+        value = Independent(pixels, 1).log_prob(h[[i]]) - math.log(k)
         value = value + gaussian((p_mean, floor(p_log_variance))).log_prob(a[[i]])
         value = value - gaussian((a_mean[[i]], a_log_variance[[i]])).log_prob(a[[i]])
         return (value - kl_divergence(gaussian((mean, log_variance)), standard(mean))).squeeze()
@@ -480,7 +488,10 @@ def by_hand(system, batch: Batch):
     return {"loss": loss, "unlabelled_bound": unlabelled, "labelled_bound": labelled, "cross_entropy": cross_entropy}
 
 
-@pytest.mark.parametrize("switches", [{}, {"posterior_variance": "at_least_one"}, {"binarise": True}], ids=str)
+READINGS = [{}, {"posterior_variance": "at_least_one"}, {"binarise": True}, {"likelihood": "gaussian"}]
+
+
+@pytest.mark.parametrize("switches", READINGS, ids=str)
 def test_adgm_loss_and_gradients_are_those_of_the_objective_written_out(switches):
     system = small(adgm, std=0.4, labelled_weight=0.7, label_weight=2.0, **switches)
     batch = batch_of(4, 3)
@@ -551,6 +562,24 @@ def test_switches_of_m1m2():
         found = reconfigured(system, posterior_variance=reading).m1_bound(x[:1], noise()).item()
         kl = math.exp(log_variance) - 1 - log_variance  # the sum over two dimensions; each has half of this
         assert found == pytest.approx(-4 * math.log(2) - kl, rel=1e-9)
+    found = reconfigured(system, likelihood="gaussian").m1_bound(x[:1], noise()).item()  # SVHN, CelebA (ledger 34)
+    assert found == pytest.approx(-2 * math.log(2 * math.pi) - 4 * 0.2**2 / 2 - kl, rel=1e-9)  # the mean image is 0.5
+    networks = small(m1m2).p_z1, small(m1m2, activation="relu").p_z1, small(adgm).p_a
+    assert [type(network.hidden[0]) for network in networks] == [m1m2.Softplus, torch.nn.ReLU, torch.nn.ReLU]
+    assert m1m2.Config(n_labels=30).labelled_per_batch == 30  # fewer labels than places
+
+
+@pytest.mark.parametrize("module, m1_alone", [(m1m2, True), (m1m2, False), (adgm, False)])
+def test_layers_compute_in_the_precision_asked_for(module, m1_alone):
+    system, batch, seen = small(module).float(), batch_of(4, 3, m1_alone=m1_alone), []
+    batch = batch._replace(unlabelled=batch.unlabelled.float(), labelled=batch.labelled.float())
+    for layer in system.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        seen.clear()
+        module.train_step(system, torch.optim.SGD(system.parameters(), lr=0.0), batch, precision)
+        assert {*seen} == {dtype}
 
 
 @pytest.mark.parametrize("experiment", ["digits-m1m2", "digits-adgm"])
