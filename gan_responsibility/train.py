@@ -156,7 +156,7 @@ def train(config: Task, options: run.Options, step: Callable = train_step) -> Pa
     if config.n_components is None:
         config = replace(config, n_components=data.n_classes)
     images = data.train_images.to(device)
-    scorer = Scorer.find(data, options, device)
+    scorer = Scorer.find(whole, options, device)  # its moments are cached, so they are always of the same images
 
     torch.manual_seed(options.seed)
     model = config.build().to(device, memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,6 +58,8 @@ def test_the_experiments_are_the_papers(experiment):
     expected = (TASK if "gan" in reading else SYSTEM) | {"dataset": data} | OF_DATA[data] | OF_READING[reading]
     assert dataclasses.asdict(run.experiment_config("gan_responsibility", experiment)) == expected
     assert (scores.SAMPLES, scores.SPLITS) == (5000, 10)  # Sec. 3.3
+    old = SYSTEM | {"target": "alpha", "classifier_learning_rate": None}  # of a run from before a switch (ledger 3)
+    assert dataclasses.asdict(train.Config()) == old | {"dataset": "mnist"}
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
@@ -452,8 +455,9 @@ def test_the_precision_is_the_one_asked_for(module):
     system, seen = built(small(module)).float(), []
     system.encoder[0].register_forward_hook(lambda *given: seen.append(given[2].dtype))
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        module.train_step(system, sgd(system, 0.0), train.Batch(batch().real.float(), run.generator(5)), precision)
-        assert {*seen} == {dtype}
+        given = train.Batch(batch().real.float(), run.generator(5))
+        found = module.train_step(system, sgd(system, 0.0), given, precision)
+        assert {*seen} == {dtype} and {value.dtype for value in found.values()} == {torch.float32}  # no loss in bf16
         seen.clear()
 
 
@@ -612,6 +616,21 @@ def test_what_the_pictures_show(monkeypatch, tmp_path):
     expected = {"epoch": rows, "samples": rows, "interpolations": (ways[0], 9), "triangle": (ways[1], 9)}
     torch.testing.assert_close(shown, expected)
     assert asked == [(7, False), (7, False), (7, True), (7, True)]
+
+
+def test_the_picture_of_the_toy_shows_each_gaussian_where_it_is(monkeypatch, tmp_path):
+    system, figures = run.experiment_config("gan_responsibility", "toy").build(), []
+    monkeypatch.setattr(system, "sample", lambda weights, seed: weights[:, 1:])  # Gaussian 1 at (1, 0), 2 at (0, 1)
+    monkeypatch.setattr(system, "responsibilities", lambda x: F.one_hot((x[:, 1] > 0).long(), 3).float())  # 1 if x₂ > 0
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    toy.save_samples(system, tmp_path / "samples.png", 0)
+    left, right = figures[0].axes
+    for points, place in zip(left.collections[1:], torch.eye(3)[:, 1:], strict=True):
+        assert (points.get_offsets() == place.numpy()).all()
+    assert right.images[0].origin == "lower"
+    for row, colour in ((0, "C0"), (-1, "C1")):
+        expected = torch.tensor(to_rgb(colour)).expand(201, 3)
+        torch.testing.assert_close(torch.as_tensor(right.images[0].get_array()[row]), expected)
 
 
 def test_the_same_noise_is_the_same():
@@ -781,7 +800,6 @@ def test_two_steps_of_every_experiment_and_its_evaluation(experiment, tiny, tmp_
     result = evaluation.evaluate(options)
     assert result == json.loads((folder / "eval.json").read_text())
     assert all(math.isfinite(value) for value in result["metrics"].values())
-    assert {"parameter_count", "parameter_count_as_counted"} <= result["metrics"].keys()
     pictures = {path.stem for path in (folder / "figures").glob("*.png")}
     baseline = experiment in ("flowers10-gan", "flowers10-gm-gan")
     assert ("accuracy" in result["metrics"]) == ("weight_error" in result["metrics"]) == (not baseline)
@@ -793,6 +811,8 @@ def test_two_steps_of_every_experiment_and_its_evaluation(experiment, tiny, tmp_
     assert baseline or shares | {f"test_{name}" for name in shares} | {"accuracy", "nmi"} <= row.keys()
     trained = gan_responsibility.load(folder)
     assert isinstance(trained, gan.GAN if baseline else Responsibility) and trained.config == config
+    assert result["metrics"]["parameter_count"] == count(trained)
+    assert result["metrics"]["parameter_count_as_counted"] == trained.parameter_count_as_counted
     k = config.components
     assert trained.sample(torch.eye(k)).shape == (k, *config.shape) and not trained.training
     train.train(config, options, step)
@@ -860,10 +880,15 @@ def test_thinned_and_held_out_images(tmp_path, monkeypatch, seen):
     monkeypatch.setattr(evaluation, "what_c_learned", lambda _, given: scored.append(given) or {})
     monkeypatch.setattr(evaluation, "what_gaussians_generate", lambda _, given, *rest: scored.append(given) or ({}, ""))
     monkeypatch.setattr(evaluation, "figures", lambda *_: None)
+    against = []  # the images of FID
+    monkeypatch.setattr(scores.Scorer, "find", lambda given, *_: against.append(given))
     options = run.Options("digits", 3, runs=tmp_path, device="cpu")
     train.train(dataclasses.replace(config, validation=20), options, seen[-1])
     evaluation.evaluate(options)
-    assert scored[2] is data  # the samples' judge gets all data
+    with monkeypatch.context() as other, pytest.raises(run.UserError, match="with digest 0, found 1"):
+        other.setattr(train, "load", lambda *_: dataclasses.replace(data, digest="1"))
+        evaluation.evaluate(options)
+    assert scored[2] is data and [given is data for given in against] == [True] * 2  # they get all data
     for given in scored[:2]:
         held, rest = numbers(given.test_images), numbers(given.train_images)
         assert len({*held}) == 20 and sorted(held + rest) == numbers(few.train_images)
@@ -931,6 +956,18 @@ def test_table_6_and_figure_4_with_weights(tiny, tmp_path, monkeypatch):
     assert metrics["fid_halves"] > 0
 
 
+def test_figure_4_has_each_system_s_own_runs(monkeypatch, tmp_path):
+    drawn, folders = {}, ("-gan/seed0", "-gm-gan/seed0", "-standalone/seed0", "/seed0", "/seed0-batch-8")
+    for i, folder in enumerate(folders):  # the last one has another batch size, so it is not in the figure
+        values = {"metrics": {"fid_best": i, "fid_after_1": i}}
+        (tmp_path / f"gan_responsibility/flowers10{folder}").mkdir(parents=True)
+        run.write_json(tmp_path / f"gan_responsibility/flowers10{folder}/eval.json", values)
+    monkeypatch.setattr(plots, "save_curves", lambda panels, *_: drawn.update(panels["FID"]))
+    evaluation.figure_4(evaluation.metrics_of_runs(tmp_path), tmp_path)
+    found = {label.partition(" (1 seed)")[0]: means for label, (_, means, _) in drawn.items()}
+    assert found == {"vanilla GAN": [0], "GM-GAN": [1], "classifier apart": [2], "encoder shared": [3]}
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -939,6 +976,7 @@ def test_table_6_and_figure_4_with_weights(tiny, tmp_path, monkeypatch):
         (["digits", "--n-components", "0"], "out of range"),
         (["digits", "--n-components", "1"], "out of range; allowed: >= 2"),
         (["digits", "--target", "beta"], "not one of alpha, component"),
+        (["digits-printed", "--classifier", "standalone", "--classifier-moves-encoder", "true"], "shares no encoder"),
         (["digits", "--dataset", "svhn"], "is not one of"),
         (["flowers10-gan"], "flowers10-gan is trained by python -m gan_responsibility.gan"),
     ],

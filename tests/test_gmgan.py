@@ -55,6 +55,8 @@ def test_latents_have_the_stated_moments(kind, sigma_is, variance, multiplier):
         expected = multiplier * variance * torch.eye(2)
         torch.testing.assert_close(torch.cov(part.T), expected, atol=0.03 * multiplier * variance, rtol=0)
     assert len(list(mixture.parameters())) == (0 if kind == "static" else 2)
+    assert mixture.scales.shape == {"static": (), "dynamic": (3, 2, 2), "dynamic_diagonal": (3, 2)}[kind]
+    assert mixture.state_dict().keys() == {"means", "scales"}  # a run that is loaded has the prior that G learned from
 
 
 def test_a_dynamic_gaussian_may_take_any_covariance():
@@ -214,6 +216,18 @@ def test_bf16_is_the_networks_arithmetic_and_losses_stay_in_fp32():
         return train.train_step(model, sgd(model), batch, precision)["d_loss"]
 
     assert d_loss("bf16").dtype == torch.float32 and 0 < abs(d_loss("bf16") / d_loss("fp32") - 1) < 0.03
+
+
+@pytest.mark.parametrize("module", [train, acgan, kmeans])
+def test_the_precision_is_the_one_asked_for(module):
+    model, seen = module.Config(dataset="digits", **({} if module is kmeans else TINY)).build(), []
+    for network in (model.encoder, model.decoder) if module is kmeans else (model.generator, model.discriminator.body):
+        network[1].register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    batch = train.Batch(torch.rand(4, 1, 28, 28), torch.arange(4), run.generator(0))
+    for precision in ("fp32", "bf16"):
+        module.train_step(model, sgd(model), batch, precision)
+        assert {*seen} == {precision == "bf16"}
+        seen.clear()
 
 
 def test_the_map_between_gaussians_and_classes():
@@ -387,7 +401,7 @@ def test_negative_log_likelihood_and_entropy_against_scipy():
     assert toy.entropy(data) == pytest.approx(toy.negative_log_likelihood(data), abs=0.05)
 
 
-def test_samples_of_the_toy_are_labelled_by_their_gaussian_and_spread_by_sigma():
+def test_samples_of_the_toy_are_labelled_by_their_gaussian_and_spread_by_sigma(monkeypatch, tmp_path):
     torch.manual_seed(0)
     values = {"latent_dim": 2, "mean_range": 1.0, "sigma": 1e-3}
     model = run.experiment_config("gmgan", "toy", values).build()
@@ -398,6 +412,14 @@ def test_samples_of_the_toy_are_labelled_by_their_gaussian_and_spread_by_sigma()
     wider, _ = toy.samples(model, 4.0)  # a factor on the covariance
     means = model.mixture.means[groups]
     torch.testing.assert_close(wider - means, 2 * (points - means), atol=1e-6, rtol=0)
+    drawn = {}
+    monkeypatch.setattr(toy, "save_scatters", lambda panels, path: drawn.update(panels | {path.stem: panels.get("")}))
+    toy.figures(model, tmp_path)
+    for name, by in (("σ = 0.1", 0.1), ("σ = 2", 2.0), ("samples", 1.0)):
+        torch.testing.assert_close(drawn[name][1] - means, by**0.5 * (points - means), atol=1e-6, rtol=0)
+    toy.save_samples(model, tmp_path / "epoch.png")
+    _, points, groups = drawn["epoch"]
+    assert torch.equal(torch.cdist(points, model.mixture.means).argmin(1), groups)
 
 
 def test_main_modes():
@@ -427,6 +449,8 @@ def test_a_supervised_toy_is_judged_by_its_map(monkeypatch):
     found = toy.scores(model, [{"epoch": 1, "nll": 2.0}])
     assert found["samples_of_their_class"] == pytest.approx(100 / 9)
     assert found["covered_modes"] == 9 and found["purity"] == 100
+    own = (1 - 4 / 3 * scipy.stats.norm.sf(0.5 / math.sqrt(0.1))) ** 2  # nearest to their own mode, along both axes
+    assert found["data_purity"] == pytest.approx(100 * own, abs=3)
     model = run.experiment_config("gmgan", "toy-acgan").build()  # its class c is mode c
     assert toy.scores(model, [{"epoch": 1, "nll": 2.0}])["samples_of_their_class"] == 100
     for copies, covered in ((1, 8), (2, 9)):  # the last mode has 0.6 or 1.2 % of samples; it needs a tenth of a ninth
@@ -434,6 +458,12 @@ def test_a_supervised_toy_is_judged_by_its_map(monkeypatch):
         monkeypatch.setattr(toy, "samples", lambda *_, x=several: (x, torch.zeros(len(x), dtype=torch.int64)))
         assert toy.scores(model, [])["covered_modes"] == covered
     assert "settled_after" not in toy.scores(model, [])  # a run that was stopped in its first epoch has no rows
+    monkeypatch.setattr(toy, "samples", lambda *_, **__: (points, groups))
+    apart = run.experiment_config("gmgan", "toy", {"dataset": "toy_apart"}).build()
+    at_modes = math.log(9) + math.log(2 * math.pi * 0.01)  # -log p at a mode, if the Gaussians do not overlap
+    found, course = toy.scores(apart, []), toy.course(apart)
+    assert found["nll"] == found["nll_at_0.5"] == course["nll"] == pytest.approx(at_modes)
+    assert (found["data_nll"], found["data_entropy"]) == pytest.approx((at_modes + 1, at_modes + 1), abs=0.06)
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
@@ -546,9 +576,13 @@ def test_kmeans_finds_what_scikit_learn_finds(monkeypatch):
     pixels = data.train_images.flatten(1).double().numpy()
     codes = decoded_by_hand(model.encoder, data.train_images / 127.5 - 1).detach().numpy()
     for name, points in (("kmeans", pixels), ("ae_kmeans", codes)):
-        assigned = KMeans(3, n_init=10, random_state=3).fit_predict(points)
-        theirs = normalized_mutual_info_score(data.train_labels, assigned, average_method="geometric")
+        fitted = KMeans(3, n_init=10, random_state=3).fit(points)
+        theirs = normalized_mutual_info_score(data.train_labels, fitted.labels_, average_method="geometric")
         assert found[f"{name}_nmi"] == pytest.approx(theirs, abs=1e-6)
+        if name == "kmeans":
+            assigned = fitted.predict(data.test_images.flatten(1).double().numpy())
+            theirs = normalized_mutual_info_score(data.test_labels, assigned, average_method="geometric")
+            assert found["kmeans_nmi_test"] == pytest.approx(theirs, abs=1e-6) != found["kmeans_nmi"]
     assert found["kmeans_accuracy"] > 0.8
     assert seen == [(3, {"n_init": 10, "random_state": 3})] * 2  # ledger 18
     names = itertools.product(("kmeans", "ae_kmeans"), ("accuracy", "nmi"), ("", "_test"))
@@ -633,8 +667,11 @@ def test_samples_are_of_the_groups_and_at_the_sigma_that_are_asked_for():
 def test_figure_6_has_the_same_noise_at_each_sigma_and_figure_8_a_row_for_each_gaussian(monkeypatch, tmp_path):
     shown = {}
     monkeypatch.setattr(plots, "save_labelled_grid", lambda images, path, *_: shown.update({path.stem: images}))
-    monkeypatch.setattr(plots, "save_curves", lambda *_: None)
-    gmgan_eval.figures(coded(n_components=3, n_classes=3), narrow_digits(3), {}, tmp_path)
+    monkeypatch.setattr(plots, "save_curves", lambda panels, *_: shown.update(panels))
+    found = {f"{s}_at_{0.5 + 0.1 * i:.1f}": j + i for j, s in ((0, "quality"), (50, "diversity")) for i in range(16)}
+    gmgan_eval.figures(coded(n_components=3, n_classes=3), narrow_digits(3), found, tmp_path)
+    for title, first in (("quality, eq. (7), 0 to 1", 0), ("diversity, eq. (10), 0 to 1", 50)):
+        assert shown.pop(title)[""][1] == [*range(first, first + 16)]
     pixels = {name: (255 * images).round() for name, images in shown.items()}  # see `Coded`
     assert pixels["samples"][:, 0, 0, 0].tolist() == [0] * 10 + [1] * 10 + [2] * 10
     assert pixels["sigma"].view(4, 12, -1)[:, :, 1].unique(dim=1).flatten().tolist() == [2, 10, 20, 40]  # 20 σ
@@ -750,7 +787,7 @@ def test_figure_7_compares_networks_of_one_width_by_means_and_standard_errors(mo
     drawn = {}
     monkeypatch.setattr(plots, "save_curves", lambda panels, *_: drawn.update(panels))
     names = ("mnist-gan", "mnist", "mnist-narrow", "cifar10", "digits-dynamic")
-    names += ("fashion-acgan", "fashion-supervised", "fashion-supervised-dynamic")
+    names += ("fashion-acgan", "fashion-supervised", "fashion-supervised-dynamic", "fashion", "fashion-narrow")
     found = {e: [{"quality_at_1.0": float(i), "diversity_at_1.0": 0.0}] for i, e in enumerate(names)}
     found["mnist-gan"] = [{f"{s}_at_{x}": x * i for s in ("quality", "diversity") for x in (10.0, 0.5)} for i in (1, 3)]
     gmgan_figures.figure_7(found, tmp_path)
@@ -760,8 +797,11 @@ def test_figure_7_compares_networks_of_one_width_by_means_and_standard_errors(mo
     assert drawn["digits, unsupervised: quality"]["GM-GAN, dynamic (1 seed)"][1] == [4.0]
     supervised = {name: y for name, (_, y, _) in drawn["Fashion-MNIST, supervised: quality"].items()}
     assert supervised == {"AC-GAN (1 seed)": [5], "GM-GAN (1 seed)": [6], "GM-GAN, dynamic (1 seed)": [7]}
-    gmgan_figures.figure_4_curves({"toy": [{"entropy_at_1.0": 2.0, "nll_at_1.0": 3.0}]}, tmp_path)
-    assert drawn[""] == {"GM-GAN (1 seed)": ([2.0], [3.0], [0.0])}  # diversity to the right, likelihood upwards
+    assert drawn["Fashion-MNIST, unsupervised: quality"]["GM-GAN (1 seed)"][1] == [9.0]  # the narrow one, ledger 27
+    toys = {"toy": [{"entropy_at_1.0": 2.0, "nll_at_1.0": 3.0}]}
+    toys["toy-acgan"] = [{"entropy_at_1.0": 1.0, "nll_at_1.0": x} for x in (4.0, 6.0)]
+    gmgan_figures.figure_4_curves(toys, tmp_path)  # diversity to the right, likelihood upwards
+    assert drawn[""] == {"GM-GAN (1 seed)": ([2.0], [3.0], [0.0]), "AC-GAN (2 seeds)": ([1.0], [5.0], [1.0])}
 
 
 # ----------------------------------------------------------------------------------------- experiments, end to end
@@ -774,6 +814,7 @@ def test_narrowing_to_classes():
     assert data.class_names == ("7", "2") and narrowed_config.class_count == 2 and data.digest != whole.digest
     sevens = whole.train_images[whole.train_labels == 7]
     assert torch.equal(data.train_images[data.train_labels == 0], sevens)
+    assert torch.equal(data.test_images[data.test_labels == 1], whole.test_images[whole.test_labels == 2])
     assert len(data.test_labels) == (whole.test_labels == 7).sum() + (whole.test_labels == 2).sum()
 
 
@@ -826,6 +867,10 @@ def test_two_steps_of_every_kind_of_experiment_and_its_evaluation(experiment, fi
     step = STEPS[run.module_of("gmgan", experiment)]
     folder = train.train(run.make_config(type(config), dataclasses.asdict(config) | small, "test"), options, step)
     result = gmgan_eval.evaluate(options)
+    if experiment == "mnist":
+        with monkeypatch.context() as other, pytest.raises(run.UserError, match="trained on mnist with digest"):
+            other.setattr(train, "load", lambda name, *_: dataclasses.replace(make(name), digest="1" * 16))
+            gmgan_eval.evaluate(options)
     metrics = result["metrics"]
     assert result == json.loads((folder / "eval.json").read_text()) and all(map(math.isfinite, metrics.values()))
     pictures = {path.stem for path in (folder / "figures").glob("*.png")}
@@ -854,6 +899,14 @@ def test_every_gan_builds_and_draws(experiment):
     outputs -= "toy-acgan" == experiment or "toy-supervised" == experiment  # the toy has nine classes
     assert model.discriminator(fake).shape == (2, outputs) and fake.shape[1:] == config.shape and len(groups) == 2
     assert {m.negative_slope for m in model.modules() if isinstance(m, torch.nn.LeakyReLU)} == {0.2}
+    if config.dataset == "toy":  # two hidden layers, with PyTorch's initial weights (ledger 5)
+        layers = [" ".join(type(m).__name__ for m in net) for net in (model.generator, model.discriminator.body)]
+        assert layers == ["Linear ReLU Linear ReLU Linear", "Linear LeakyReLU Linear LeakyReLU"]
+        for m in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+            assert 0.9 < m.weight.abs().max() * m.in_features**0.5 <= 1.0001
+    else:
+        plain = dataclasses.replace(config, norm="none", width=2).build()
+        assert "BatchNorm" in str(model) and "BatchNorm" not in str(plain)
 
 
 def test_the_inception_score_of_a_run(fixtures, tmp_path, monkeypatch):
@@ -882,6 +935,7 @@ def test_the_inception_score_of_a_run(fixtures, tmp_path, monkeypatch):
     assert torch.equal(seen[1], model.sample_mixture(20, 0.5)[0])
     assert len(seen[0]) == 30 and not torch.equal(seen[1], seen[2])
     assert gmgan_eval.inception_score(model, make("mnist"), options) == ({}, None)
+    assert gmgan_eval.NATURAL == ("cifar10", "stl10")  # Table 2
 
 
 @pytest.mark.parametrize("experiment, size, beta1", [("toy", 900, 0.9), ("digits", 400, 0.5)])
