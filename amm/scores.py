@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from amm.model import AMM, Inferred, as_input, squared_slopes
 from common import run
 from common.data import Dataset
-from common.metrics import contingency, error_rate
+from common.metrics import clustering_accuracy, contingency, error_rate
 
 if TYPE_CHECKING:
     from amm.train import Split
@@ -27,10 +27,7 @@ def many_to_one_error(table: Tensor) -> float:
 
 def one_to_one_error(table: Tensor) -> float:
     """The error in percent under the best assignment of classes to at most one cluster each. table: (K, N) counts."""
-    from scipy.optimize import linear_sum_assignment
-
-    rows, columns = linear_sum_assignment(table.numpy(), maximize=True)
-    return 100 * (1 - (table[rows, columns].sum() / table.sum()).item())
+    return 100 * (1 - clustering_accuracy(table))
 
 
 def error(model: AMM, predicted: Tensor, labels: Tensor, n_classes: int) -> float:

@@ -107,8 +107,12 @@ def save_curves(
 
 
 def curve(several: Sequence[dict[str, float]], prefix: str) -> tuple[list[float], list[float], list[float]]:
-    """A curve from metrics named <prefix><x>: x, and the mean and standard error over runs (0 for a single run)."""
-    xs = sorted((float(name.removeprefix(prefix)), name) for name in several[0] if name.startswith(prefix))
+    """A curve from metrics named <prefix><x>: x, and the mean and standard error over runs (0 for a single run).
+
+    It has the points that all runs have.
+    """
+    common = set.intersection(*map(set, several))
+    xs = sorted((float(name.removeprefix(prefix)), name) for name in common if name.startswith(prefix))
     columns = [[metrics[name] for metrics in several] for _, name in xs]
     errors = [statistics.stdev(c) / math.sqrt(len(c)) if len(c) > 1 else 0.0 for c in columns]
     return [x for x, _ in xs], [statistics.fmean(column) for column in columns], errors

@@ -28,8 +28,8 @@ class GAN(MixtureGAN):
     """G, D and, for GM-GAN, the mixture. config: a `Config`. The initial weights come from torch's global generator."""
 
     def __init__(self, config: "Config"):
-        mixture = Mixture(config.components, config.latent_dim, config.mean_range, config.deviation)
-        super().__init__(config, mixture if config.prior == "mixture" else StandardNormal())
+        mixture = (config.components, config.latent_dim, config.mean_range, config.deviation)
+        super().__init__(config, Mixture(*mixture) if config.prior == "mixture" else StandardNormal())
         initialise(self)
 
     def losses(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,8 @@ def train_step(
     config, n, device = model.config, len(batch.real), batch.real.device
     components = torch.randint(config.components, (n,), generator=batch.noise, device=device)
     noise = batch.real.new_empty(n, config.latent_dim).normal_(generator=batch.noise)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    # Without autocast's cache, as in train.py: D's gradients on real images and on fakes are summed in fp32.
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
         fakes = model.decode(noise, F.one_hot(components, config.components).to(noise.dtype))
         on_real, on_fakes = (to_float32(model.discriminator(model.encoder(x))) for x in (batch.real, fakes))
     d_loss, g_loss = model.losses(on_real, on_fakes)

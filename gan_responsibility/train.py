@@ -170,7 +170,7 @@ def train(config: Task, options: run.Options, step: Callable = train_step) -> Pa
     )
     steps = -(-len(images) // config.batch)
     if len(images) % config.batch == 1:
-        steps -= 1  # skip a last batch of one image: it has no batch statistics
+        steps -= 1  # skip a last batch of one image: a baseline's one fake has no batch statistics in G
     with run.Run("gan_responsibility", config, options, whole.provenance(), device) as r:
         r.resume(model, optimizers, steps)
         while r.epoch < config.epochs:
@@ -254,7 +254,7 @@ def say_if_collapsed(rows: list[dict[str, float]]) -> None:
     """Print a line if α has become uninformative in this epoch. rows: those of the log."""
     last, before = collapse(rows[-1]), collapse(rows[-2]) if len(rows) > 1 else ""
     if last and not before:
-        print(f"epoch {rows[-1]['epoch']}: α says nothing of the {last}", flush=True)
+        print(f"epoch {rows[-1]['epoch']}: α does not tell the {last}", flush=True)
 
 
 def collapse(row: dict[str, float]) -> str:
@@ -265,8 +265,8 @@ def collapse(row: dict[str, float]) -> str:
     for prefix, images in (("", "training"), ("test_", "test")):
         weight, information = row.get(f"{prefix}largest_weight", 0.0), row.get(f"{prefix}alpha_information", 1.0)
         if weight > 0.99 or information < 0.01:
-            told = f"k tells {100 * information:.2f} % of log K"
-            return f"{images} images (one Gaussian has {100 * weight:.1f} % of α, {told})"
+            told = f"I(k; x) is {100 * information:.2f} % of log K"
+            return f"{images} images apart (one Gaussian has {100 * weight:.1f} % of α, {told})"
     return ""
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import run
-from gmgan.model import Discriminator, Gan, checked_input, generator, initialise
+from gmgan.model import Discriminator, Gan, generator, initialise
 from gmgan.train import Batch, GanConfig, Optimizers, descend, train
 
 
@@ -70,12 +70,6 @@ class ACGAN(Gan):
     def generator_loss(self, on_fake: Tensor, classes: Tensor) -> Tensor:
         """-(L_C - L_S); the source term does not saturate, as in eq. (2) of GM-GAN. on_fake: logits (b_G, 1 + N)."""
         return self.source_loss(on_fake, True) + self.class_loss(on_fake, classes)
-
-    @torch.no_grad()
-    def discriminate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """P(S = real | x), (B,), and P(C | x), (B, N), of points or images as in GMGAN.discriminate."""
-        logits = self.discriminator(checked_input(x))
-        return logits[:, 0].sigmoid(), logits[:, 1:].softmax(1)
 
 
 def train_step(model: ACGAN, optimizers: Optimizers, batch: Batch, precision: str = "fp32") -> dict[str, Tensor]:

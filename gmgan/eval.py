@@ -6,6 +6,7 @@ Writes eval.json and figures/ into the run's folder. The Inception Score needs t
 without them. figures.py draws the figures that compare runs.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,7 @@ def evaluate(options: run.Options) -> dict:
     """Evaluate one run: write its metrics to eval.json and draw its figures."""
     device, folder = run.set_up(options), options.folder("gmgan")
     model, state = run.load_run("gmgan", folder, device, options.moved)
+    options = replace(options, seed=state["identity"]["seed"])  # whatever the folder is called
     _, data = load_data(model.config, options)
     run.check_data(folder, state, data)
     judges: dict[str, str | None] = {}
@@ -75,8 +77,8 @@ def on_images(model: Gan, data: Dataset, options: run.Options) -> tuple[dict[str
     """Table 2, Table 3 and the curves of Figs. 2 and 7 for one run, and the names of the networks that judged."""
     network, accuracy = classifier.trained(data, options.runs / "cache", model.device)
     print(f"features of {len(data.train_images):,} real images; scores of {SAMPLES:,} samples", flush=True)
-    reference = classifier.features(network, data.train_images).float()
-    held_out = scores.nearest_distances(classifier.features(network, data.test_images).float(), reference)
+    reference = classifier.features(network, data.train_images)
+    held_out = scores.nearest_distances(classifier.features(network, data.test_images), reference)
     log_a = held_out.median().item()  # a = eᵈ at the distance of a typical real image: its quality is 1/2
     quality = scores.quality(held_out, log_a).mean().item()
     found = {"classifier_accuracy": accuracy, "log_a": log_a, "quality_of_real_images": quality}
@@ -109,7 +111,7 @@ def judged(judge: Judge, images: Tensor, seed: int) -> tuple[dict[str, float], T
 
     Returns these scores and the class (n,) that the network gives each image. seed: draws the pairs of eq. (8).
     """
-    distances = scores.nearest_distances(classifier.features(judge.network, images).float(), judge.reference)
+    distances = scores.nearest_distances(classifier.features(judge.network, images), judge.reference)
     classes = classifier.classify(judge.network, images)
     quality = scores.quality(distances, judge.log_a).mean().item()  # eq. (7)
     intra, error = scores.intra_class_diversity(images, PAIRS, run.generator(seed, "pairs"))

@@ -63,11 +63,6 @@ class KMeansAutoencoder(nn.Module):
         return self.encoder(checked_input(images))
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Images (B, C, H, W), roughly in [-1, 1], of codes (B, latent_dim)."""
-        return self.decoder(codes)
-
-    @torch.no_grad()
     def scores(self, data: Dataset, seed: int) -> dict[str, float]:
         """ACC and NMI of K-means with K = N, on pixels and on codes, fitted to the training images.
 

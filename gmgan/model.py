@@ -160,7 +160,7 @@ def as_input(x: Tensor) -> Tensor:
 
 def checked_input(x: Tensor) -> Tensor:
     """`as_input`, but raises ValueError if images are neither uint8 nor floats in [-1, 1]."""
-    if x.dim() == 4 and x.dtype != torch.uint8 and not (x.is_floating_point() and (x.abs() <= 1).all()):
+    if x.dtype != torch.uint8 and not (x.is_floating_point() and (x.abs() <= 1).all()):
         found = f"{x.dtype} from {x.min():g} to {x.max():g}"
         raise ValueError(f"images: expected uint8, or floats in [-1, 1]; found {found}")
     return as_input(x)
@@ -317,22 +317,14 @@ class GMGAN(Gan):
         """
         return binary_cross_entropy(on_fake, wanted_outputs(on_fake, self.output_of_group[components]))
 
-    @torch.no_grad()
-    def discriminate(self, x: Tensor) -> Tensor:
-        """D(x), probabilities (B, outputs), of points (B, 2), or of images (B, C, H, W), uint8 or floats in [-1, 1].
-
-        Raises ValueError for other images.
-        """
-        return self.discriminator(checked_input(x)).sigmoid()
-
     def cluster(self, images: Tensor, seed: int = 0) -> Tensor:
         """Algorithm 2: the cluster (n,) of each image (n, C, H, W), uint8 or floats in [-1, 1] (else ValueError).
 
         Trains a K-way classifier on M generated images of each Gaussian, labelled by Gaussian, and applies it.
         """
+        images = images if images.dtype == torch.uint8 else to_bytes(checked_input(images))
         k, m = self.config.components, self.config.cluster_samples
         generated = self.sample(m, seed=seed)  # lines 2-4
         labels = torch.arange(k).repeat_interleave(m)  # lines 5-6
         network = classifier.train(generated, labels, k, seed, self.device)  # line 7
-        images = images if images.dtype == torch.uint8 else to_bytes(checked_input(images))
         return classifier.classify(network, images)  # line 8

@@ -106,7 +106,10 @@ def convergence(curve: list[float]) -> dict[str, float]:
 
 
 def samples(model: Gan, multiplier: float = 1.0, stream: str = "judged") -> tuple[Tensor, Tensor]:
-    """About 5,000 samples, (n, 2), the same number of each group, and the group (n,) of each."""
+    """About 5,000 samples, (n, 2), the same number of each group, and the group (n,) of each.
+
+    The noise is the same in all runs, so the spread over seeds is that of training alone.
+    """
     groups = model.config.groups
     n = -(-POINTS // groups)
     return model.sample(n, multiplier, stream=("toy", stream)), torch.arange(groups).repeat_interleave(n)

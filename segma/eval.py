@@ -10,6 +10,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def evaluate(options: run.Options) -> dict:
     """Evaluate one run: write metrics and details to eval.json, and draw the figures."""
     device, folder = run.set_up(options), options.folder("segma")
     model, state = run.load_run("segma", folder, device, options.moved)
+    options = replace(options, seed=state["identity"]["seed"])  # whatever the folder is called
     data = load(model.config.dataset, options.data, options.unofficial_data)
     run.check_data(folder, state, data)
     labelled = bool(model.config.labelled_per_batch)

@@ -52,17 +52,18 @@ class Config(Task):
 
 
 class Softplus(nn.Module):
-    """log(1 + eˣ), like nn.Softplus, but computed by `softplus` below."""
+    """`FastSoftplus` as a layer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return softplus.apply(x)
+        return FastSoftplus.apply(x)
 
 
 class Dense(nn.Module):
     """Hidden layers from several inputs to one or more heads.
 
-    Each input has a first layer of its own, and their outputs are added. This equals one layer on the concatenation.
-    The leading dimensions of the inputs broadcast, so that an image meets each class once.
+    Each input has a first layer of its own, and their outputs are added. This equals one layer on the concatenation,
+    but that Glorot's scale counts each input alone. The leading dimensions of the inputs broadcast, so that an image
+    meets each class once.
     """
 
     def __init__(self, inputs: list[int], hidden: list[int], heads: list[int], activation: nn.Module):
@@ -120,7 +121,7 @@ def kl_from_standard(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1)
 
 
-class softplus(torch.autograd.Function):  # noqa: N801, used as a function
+class FastSoftplus(torch.autograd.Function):
     """log(1 + eˣ). PyTorch's softplus uses log1p: on a CPU ten times the time of log, and half of an M2 step."""
 
     @staticmethod
@@ -134,7 +135,7 @@ class softplus(torch.autograd.Function):  # noqa: N801, used as a function
         return gradient * ctx.saved_tensors[0].sigmoid()
 
 
-class log_bernoulli(torch.autograd.Function):  # noqa: N801, used as a function
+class FastLogBernoulli(torch.autograd.Function):
     """Σ x l - log(1 + eˡ) over the last dimension, of data x and logits l: (…, P) -> (…), in few passes."""
 
     @staticmethod
@@ -157,7 +158,7 @@ def log_likelihood(x: Tensor, logits: Tensor, likelihood: str) -> Tensor:
     bernoulli: grey values count as expectations of 0 and 1. gaussian: variance 1.
     """
     if likelihood == "bernoulli":
-        return log_bernoulli.apply(x, logits)
+        return FastLogBernoulli.apply(x, logits)
     return log_normal(x, logits.sigmoid(), torch.zeros((), device=x.device, dtype=x.dtype))
 
 

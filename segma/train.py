@@ -190,6 +190,7 @@ def train(config: Task, options: run.Options, step: Callable[..., dict[str, Tens
                 r.after_step(replayed(Batch(x, known_images[y], known_labels[y], m1_alone, noise)))
             more = {}
             if m and not m1_alone:  # M1 has no classifier
+                # In the run's precision, which saves time. eval.py computes the error in fp32.
                 with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                     z = model.encode(test_images)
                 more["test_error"] = error_rate(model.classify(z), test_labels)

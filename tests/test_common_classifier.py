@@ -69,9 +69,9 @@ def test_logits_are_the_head_of_the_features_and_batches_do_not_matter():
         features = network.body(images.float() / 255)
         logits = network.head(features)
     found = classifier.features(network, images, batch=5)
-    assert found.dtype == torch.float64 and found.shape == (23, 128) and not found.requires_grad
+    assert found.dtype == torch.float32 and found.shape == (23, 128) and not found.requires_grad
     assert found.min() >= 0 and found.max() > 0
-    torch.testing.assert_close(found, features.double(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, features, rtol=1e-4, atol=1e-6)
     assert torch.equal(classifier.classify(network, images), logits.argmax(1))
     before = classifier.digest(network)
     network.body[0].weight.data[0, 0, 0, 0] += 1

@@ -726,7 +726,7 @@ def test_the_optimisers_and_the_collapse_in_a_run(tiny, tmp_path, capsys):
     config = train.Config(dataset="digits", epochs=1, batch=2, learning_rate=0.003, beta1=0.25)
     train.train(config, run.Options("digits", runs=tmp_path / "same", device="cpu"), step)
     assert seen[0] == {player: (0.003, (0.25, 0.999)) for player in ("discriminator", "generator", "classifier")}
-    assert "epoch 1: α says nothing of the training images" in capsys.readouterr().out
+    assert "epoch 1: α does not tell the training images apart" in capsys.readouterr().out
     slower = dataclasses.replace(config, classifier_learning_rate=0.0001)
     train.train(slower, run.Options("digits", runs=tmp_path / "slower", device="cpu"), step)
     assert seen[-1] == seen[0] | {"classifier": (0.0001, (0.25, 0.999))}
@@ -759,14 +759,14 @@ def test_a_collapse_is_said_when_it_begins(capsys):
     same = {"alpha_information": 0.001, "largest_weight": 0.1}
     assert said(alive) == said(same, alive) == said({"d_loss": 1.0}) == ""  # a baseline has no α
     assert said(same) == said(same, alive, same).replace("epoch 3", "epoch 1") != "" == said(alive, same, same)
-    assert "epoch 1: α says nothing of the training images" in said(same)
-    assert "(one Gaussian has 10.0 % of α, k tells 0.10 % of log K)" in said(same)
+    assert "epoch 1: α does not tell the training images apart" in said(same)
+    assert "(one Gaussian has 10.0 % of α, I(k; x) is 0.10 % of log K)" in said(same)
     one = {"alpha_information": 0.02, "largest_weight": 0.995}
-    assert "epoch 2: α says nothing of the training images (one Gaussian has 99.5 % of α" in said(alive, one)
+    assert "epoch 2: α does not tell the training images apart (one Gaussian has 99.5 % of α" in said(alive, one)
     # MNIST, seed 0, epoch 2: one Gaussian has 78 % of α on the training batches and nearly all of it on test images
     last = {"alpha_information": 0.01007, "largest_weight": 0.78}
     of_test = said(last | {"test_alpha_information": 0.0016, "test_largest_weight": 0.992})
-    assert "says nothing of the test images (one Gaussian has 99.2 % of α, k tells 0.16 % of log K)" in of_test
+    assert "does not tell the test images apart (one Gaussian has 99.2 % of α, I(k; x) is 0.16 % of log K)" in of_test
 
 
 # --------------------------------------------------------------------------------------------- experiments, end to end
@@ -966,6 +966,12 @@ def test_figure_4_has_each_system_s_own_runs(monkeypatch, tmp_path):
     evaluation.figure_4(evaluation.metrics_of_runs(tmp_path), tmp_path)
     found = {label.partition(" (1 seed)")[0]: means for label, (_, means, _) in drawn.items()}
     assert found == {"vanilla GAN": [0], "GM-GAN": [1], "classifier apart": [2], "encoder shared": [3]}
+
+
+def test_a_curve_has_the_epochs_that_all_seeds_have():
+    several = [{"fid_after_1": 1.0, "fid_after_2": 9.0}, {"fid_after_1": 2.0}]
+    for order in (several, several[::-1]):
+        assert plots.curve(order, "fid_after_") == ([1.0], [1.5], [0.5])
 
 
 @pytest.mark.parametrize(
