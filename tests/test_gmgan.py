@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -864,6 +865,11 @@ def test_two_steps_of_every_kind_of_experiment_and_its_evaluation(experiment, fi
         with monkeypatch.context() as other, pytest.raises(run.UserError, match="trained on mnist with digest"):
             other.setattr(train, "load", lambda name, *_: dataclasses.replace(make(name), digest="1" * 16))
             gmgan_eval.evaluate(options)
+        shutil.copytree(folder, folder.with_name("seed1"))  # under another name the run keeps its own seed
+        with monkeypatch.context() as other:
+            other.setattr(gmgan_eval, "on_images", lambda model, data, options: ({"seed": options.seed}, {}))
+            other.setattr(gmgan_eval, "figures", lambda *_: None)
+            assert gmgan_eval.evaluate(dataclasses.replace(options, seed=1))["metrics"] == {"seed": 0}
     metrics = result["metrics"]
     assert result == json.loads((folder / "eval.json").read_text()) and all(map(math.isfinite, metrics.values()))
     pictures = {path.stem for path in (folder / "figures").glob("*.png")}

@@ -508,11 +508,13 @@ def test_eval_json_is_complete(trained):
     assert set(result["details"]) == {"sampled_distance", "mean_distances", "nearest_class", "between"}
 
 
-def test_eval_repeats_itself_and_reports_what_the_run_gives(trained, monkeypatch):
+def test_eval_repeats_itself_and_reports_what_the_run_gives(trained, tmp_path, monkeypatch):
     path = trained / "segma/digits/seed3/eval.json"
     before = json.loads(path.read_text())
     monkeypatch.setattr("segma.eval.figures", lambda *_: None)
-    options = run.Options("digits", seed=3, runs=trained, threads=1)
+    (tmp_path / "segma/digits").mkdir(parents=True)
+    (tmp_path / "segma/digits/seed7").symlink_to(path.parent)  # under another name the run keeps its own seed
+    options = run.Options("digits", seed=7, runs=tmp_path, threads=1)
     after = evaluate(options)
     assert after["metrics"] == before["metrics"] and after["details"] == before["details"]
     system, data = segma.load(path.parent), load("digits", "")
