@@ -179,7 +179,7 @@ def read_yaml(path: Path) -> dict:
         raise UserError(f"{path}: expected a mapping of keys to values, found {type(values).__name__}")
     keys = re.findall(r"^([^\s#:]+):", text, re.M)
     if twice := [key for key in keys if keys.count(key) > 1]:  # YAML would take the last one
-        raise UserError(f"{path}: {twice[0]} stands there {len(twice)} times; keep one")
+        raise UserError(f"{path}: {twice[0]} appears {len(twice)} times; keep one")
     return values
 
 
@@ -214,7 +214,7 @@ def experiment_config(paper: str, experiment: str, overrides: dict | None = None
 
 
 def config_hash(config: Any) -> str:
-    """12 hex digits over the fields (epochs aside) that differ from their defaults. A new field keeps old hashes."""
+    """12 hex digits over the fields (epochs aside) that differ from their defaults. A new field changes no old hash."""
     kept = {field.name: field.default for field in fields(config) if field.name != "epochs"}
     differing = {name: value for name, default in kept.items() if (value := getattr(config, name)) != default}
     return hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()[:12]
@@ -566,9 +566,9 @@ class Run:
         flags = {key: flag_of(key) for key in (*added, "seed", "precision")}  # the data's digest has no flag
         wrong += [f"{flags.get(k, k)}: {theirs.get(k)!r} there, {ours[k]!r} asked for" for k in differing]
         if state["epoch"] + (state["step"] > 0) > self.config.epochs:
-            wrong.append(f"{state['epoch']} epochs are done, {self.config.epochs} asked for; they can only grow")
+            wrong.append(f"{state['epoch']} epochs are done, {self.config.epochs} asked for; --epochs can only grow")
         if wrong:
-            raise UserError(f"{self.folder} holds a run made otherwise ({'; '.join(wrong)}). Use another --runs")
+            raise UserError(f"{self.folder} holds a run with other settings ({'; '.join(wrong)}). Use another --runs")
 
     def after_step(self, losses: dict[str, Tensor]) -> None:
         """Count a step and add up its losses (scalars on the device). Save if it is time; stop after a signal."""
@@ -673,7 +673,7 @@ def load_run(
     folder = Path(folder)
     state = load_checkpoint(folder / "checkpoint.pt")
     if not state or "weights" not in state or state["identity"]["paper"] != paper:
-        raise UserError(f"{folder}: no trained run here (no checkpoint.pt, or another paper's or version's)")
+        raise UserError(f"{folder}: no trained run here (no checkpoint.pt, or it is from another paper or version)")
     values = state["config"] | (moved or {})
     config = make_config(config_class(paper, state["identity"]["experiment"]), values, str(folder))
     model = config.build()

@@ -1,8 +1,8 @@
 """GAN-based GMM responsibility learning: the networks of Tables 1 to 3, the mixture and the losses of Sec. 2.
 
-Tables 2 and 3 have two readings (ledger 1). `as_printed`: the layers of the tables. `count_matched`: the layers that
-give exactly Table 6's numbers of parameters. There G has no biases and a flat batch normalisation; D has 5×5 kernels, a
-third convolution and no batch normalisation. For the points of the toy the networks are small and dense.
+Table 3 has two readings (ledger 1). `as_printed`: its layers. `count_matched`: the layers that give exactly Table 6's
+numbers of parameters; there D has 5×5 kernels, a third convolution and no batch normalisation. G is Table 2's in both,
+without biases. For the points of the toy the networks are small and dense.
 """
 
 import math

@@ -175,7 +175,7 @@ def correspondence(n_components: int, n_classes: int, text: str | None) -> tuple
     """Which output of a supervised discriminator stands for each Gaussian, (K,), and which for each class, (N,).
 
     K ≥ N: one output per class; f: [K] -> [N] may send several Gaussians to one class (Sec. 2).
-    K < N: no f: [K] -> [N] is as the paper says, so g: [N] -> [K] groups the classes; one output per Gaussian.
+    K < N: the paper's f cannot exist (ledger 7), so g: [N] -> [K] groups the classes; one output per Gaussian.
     text: the values of the map, "0,1,2,0,…": f of each Gaussian, or g of each class; None: k mod N, or n mod K.
     Raises ValueError if the text is not such a map.
     """
@@ -263,7 +263,7 @@ class Gan(nn.Module):
         return torch.cat(parts)
 
     def sample_mixture(self, n: int, multiplier: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """n samples and the group (n,) of each; the groups have equal numbers, up to one. Otherwise as `sample`."""
+        """n samples and the group (n,) of each; group sizes differ by at most one. Otherwise as `sample`."""
         each = -(-n // self.config.groups)
         kept = torch.arange(self.config.groups * each).view(-1, each).T.flatten()[:n]  # one of each group in turn
         return self.sample(each, multiplier, seed)[kept], kept // each

@@ -49,7 +49,7 @@ class Config(Task):
 
 
 class ADGM(ClassConditional):
-    """Each edge of the graph is a ReLU network. Initial weights are Glorot normal, biases 0 (ledger 50).
+    """Each edge of the graph is a ReLU network. Initial weights are Glorot normal, biases 0 (ledger 44).
 
     For CelebA all edges that see the image share one set of convolutions (appendix). config: a Config.
     """
