@@ -710,7 +710,7 @@ def evaluate_from(paper: str, evaluate: Callable, argv: list[str] | None, shown:
     if lost := earlier.get("metrics", {}).keys() - result["metrics"].keys():
         print(f"left out, where the evaluation before this one had them: {', '.join(sorted(lost))}")
     done = f"{origin['epochs']} of {result['config']['epochs']} epochs on {origin['data']}"
-    print(f"{paper} {options.experiment}, seed {options.seed}, {done}:")
+    print(f"{paper} {options.experiment}, seed {result['seed']}, {done}:")
     words = diff.glossary(paper)
     for name in filter(shown, result["metrics"]):
         what = ", ".join(filter(None, words.get(name, [])[:2]))

@@ -28,8 +28,10 @@ class GAN(MixtureGAN):
     """G, D and, for GM-GAN, the mixture. config: a `Config`. The initial weights come from torch's global generator."""
 
     def __init__(self, config: "Config"):
-        mixture = (config.components, config.latent_dim, config.mean_range, config.deviation)
-        super().__init__(config, Mixture(*mixture) if config.prior == "mixture" else StandardNormal())
+        prior: nn.Module = StandardNormal()
+        if config.prior == "mixture":
+            prior = Mixture(config.components, config.latent_dim, config.mean_range, config.deviation)
+        super().__init__(config, prior)
         initialise(self)
 
     def losses(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:

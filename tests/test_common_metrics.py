@@ -160,6 +160,7 @@ def test_clustering_scores_against_entropies_and_all_permutations():
 def test_accuracy_gives_a_class_to_one_cluster_alone():
     table = torch.tensor([[5.0, 0.0], [3.0, 1.0]])  # many-to-one it would be 8 of 9
     assert clustering_accuracy(table) == pytest.approx(6 / 9)
+    assert clustering_accuracy(torch.tensor([[5.0, 0.0, 0.0], [3.0, 1.0, 2.0]])) == pytest.approx(7 / 11)  # K < N
 
 
 def test_a_frechet_distance_is_never_negative():
